@@ -1,0 +1,191 @@
+"""``VPTQLinearMethod``: create the parameters of a linear layer, load them, finish them, apply them.
+
+Plain parameters with a loader of our own: vLLM's parameter classes stand for rectangular tensors that are sliced
+and stacked, and VPTQ's codebooks per module, bit streams and permutations are not. Before loading, a layer has empty
+parameters under the checkpoint's names; they stay, so that weights can be loaded again into the same kernel tensors.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_vptq import ops
+from vllm_vptq.format import LayerSpec, VPTQFormatError
+from vllm_vptq.layouts import compact
+from vllm_vptq.parameters import Intake, Range, Source
+
+Modules = list[tuple[str, LayerSpec | None]]
+
+
+class VPTQLinearMethod(LinearMethodBase):
+    """The linear method of one (possibly fused) layer.
+
+    ``modules`` are the checkpoint modules behind it, in output order; a spec of None is a module left dense.
+    """
+
+    def __init__(self, prefix: str, modules: Modules) -> None:
+        self.prefix = prefix
+        self.modules = modules
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        sources = find_sources(layer, self.prefix, self.modules, input_size_per_partition, output_partition_sizes)
+        device = torch.get_default_device()
+        layer.vptq_dtype = params_dtype
+        layer.vptq_plan = []
+        intake = layer.vptq_intake = Intake(sources, device, on_ready=partial(self._reloaded, layer))
+        for tensor in sorted(intake.tensor_names()):
+            _add_placeholder(layer, tensor, partial(_load, intake, tensor), params_dtype)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if layer.vptq_plan and not layer.vptq_intake.ready:
+            return  # loaded before, and nothing new came
+        layer.vptq_intake.require_ready()
+        self._finish(layer)
+
+    def _reloaded(self, layer: torch.nn.Module) -> None:
+        """All modules have come; a first load waits for vLLM's call, a later one goes straight into place."""
+        if layer.vptq_plan:
+            self._finish(layer)
+
+    def _finish(self, layer: torch.nn.Module) -> None:
+        intake: Intake = layer.vptq_intake
+        ops.require_kernel(intake.device)
+        layout = compact.build(intake.release(), layer.vptq_dtype, intake.device)
+        if layer.vptq_plan and layer.vptq_plan != layout.plan:
+            raise VPTQFormatError(self.prefix, "the weights to reload have another layout; start a new engine")
+        layer.vptq_plan = layout.plan
+        for name, tensor in layout.tensors().items():
+            present = getattr(layer, name, None)
+            if present is not None and tensor is not None:
+                present.data.copy_(tensor)  # captured CUDA graphs read this memory
+            else:
+                parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+                layer.register_parameter(name, parameter)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.linear(
+            x, layer.qweight, layer.codebooks, layer.norm, layer.columns, layer.dense, bias, layer.vptq_plan
+        )
+
+    def dequantize_weight(self, layer: torch.nn.Module) -> Tensor:
+        """The rank's dense weight ``[out, in]`` in the activation dtype: the layer applied to the identity."""
+        (lo, hi) = layer.vptq_intake.sources[0].columns
+        identity = torch.eye(hi - lo, dtype=torch.float32, device=layer.qweight.device)
+        return self.apply(layer, identity).T.to(layer.vptq_dtype).contiguous()
+
+
+class VPTQDequantizedLinearMethod(VPTQLinearMethod):
+    """For a layer whose weight vLLM reads itself (MLA's ``kv_b_proj``): dense from the end of loading on."""
+
+    def _finish(self, layer: torch.nn.Module) -> None:
+        super()._finish(layer)
+        weight = self.dequantize_weight(layer)
+        for name in ("qweight", "codebooks", "norm", "columns", "dense"):
+            delattr(layer, name)
+        layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+        layer.quant_method = UnquantizedLinearMethod()
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def output_partitions(layer: torch.nn.Module) -> list[tuple[int, Range]]:
+    """For each logical output of a layer: its size in the checkpoint, and the rows of it that this rank computes."""
+    if isinstance(layer, (RowParallelLinear, ReplicatedLinear)):
+        return [(size, (0, size)) for size in layer.output_partition_sizes]
+    rank = layer.tp_rank
+    if isinstance(layer, QKVParallelLinear):
+        kv_rank = rank // layer.num_kv_head_replicas
+        v_head_size = getattr(layer, "v_head_size", layer.head_size)
+        parts = [
+            (layer.total_num_heads * layer.head_size, layer.num_heads * layer.head_size, rank),
+            (layer.total_num_kv_heads * layer.head_size, layer.num_kv_heads * layer.head_size, kv_rank),
+            (layer.total_num_kv_heads * v_head_size, layer.num_kv_heads * v_head_size, kv_rank),
+        ]
+        return [(size, (r * width, (r + 1) * width)) for size, width, r in parts]
+    sizes = getattr(layer, "output_sizes", None) or [layer.output_size]
+    widths = [size // layer.tp_size for size in sizes]
+    return [(size, (rank * width, (rank + 1) * width)) for size, width in zip(sizes, widths, strict=True)]
+
+
+def find_sources(
+    layer: torch.nn.Module, prefix: str, modules: Modules, input_size: int, output_partition_sizes: list[int]
+) -> list[Source]:
+    """Matches checkpoint modules to a layer's outputs: one each, or one module that covers several (fused on disk)."""
+    partitions = output_partitions(layer)
+    if [hi - lo for _, (lo, hi) in partitions] != list(output_partition_sizes):
+        raise VPTQFormatError(
+            prefix, f"{type(layer).__name__} shards its weights in its own way; list it in modules_to_not_convert"
+        )
+    rank = layer.tp_rank if isinstance(layer, RowParallelLinear) else 0
+    columns = (rank * input_size, (rank + 1) * input_size)
+    ids: list[Any] = ["q", "k", "v"] if isinstance(layer, QKVParallelLinear) else list(range(len(partitions)))
+    sources, first = [], 0
+    for i, (name, spec) in enumerate(modules):
+        count = _covered(spec, [size for size, _ in partitions[first:]], len(modules) - i)
+        taken = partitions[first : first + count]
+        pieces, offset = [], 0
+        for size, (lo, hi) in taken:
+            pieces.append((offset + lo, offset + hi))
+            offset += size
+        if spec is not None:
+            spec = spec.with_shape(offset, layer.input_size, name)
+        span = tuple(ids[first : first + count])
+        sources.append(Source(name, spec, pieces, columns, offset, shard_ids=(*span, span)))
+        first += count
+    if first != len(partitions):
+        raise VPTQFormatError(prefix, f"{len(partitions)} outputs for {len(modules)} modules of the checkpoint")
+    return sources
+
+
+def _covered(spec: LayerSpec | None, sizes: list[int], modules_left: int) -> int:
+    """How many of the next partitions a module covers: as many as add up to its rows."""
+    if modules_left == len(sizes):
+        return 1
+    if modules_left == 1:
+        return len(sizes)
+    if spec is not None and spec.out_features is not None:
+        for count in range(1, len(sizes) + 1):
+            if sum(sizes[:count]) == spec.out_features:
+                return count
+    return 1
+
+
+class _Book(torch.nn.Module):
+    """Holds a parameter called ``weight``: codebooks lie one level below their module on disk."""
+
+    weight: torch.nn.Parameter
+
+
+def _add_placeholder(layer: torch.nn.Module, tensor: str, loader: Any, dtype: torch.dtype) -> None:
+    stored = dtype if "centroids" in tensor or tensor.startswith("weight") else torch.int32
+    parameter = torch.nn.Parameter(torch.empty(0, dtype=stored), requires_grad=False)
+    set_weight_attrs(parameter, {"weight_loader": loader})
+    child, _, leaf = tensor.rpartition(".")
+    if child:
+        layer.add_module(child, _Book())
+        layer = getattr(layer, child)
+    layer.register_parameter(leaf, parameter)
+
+
+def _load(intake: Intake, tensor: str, parameter: torch.nn.Parameter, value: Tensor, shard_id: Any = None) -> None:
+    intake.load(tensor, value, shard_id)
