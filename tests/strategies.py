@@ -6,17 +6,36 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_vptq.format import LayerSpec
+from vllm_vptq.format import LayerSpec, VPTQFormatError
 
 BOOK_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int16, torch.uint16, torch.float16, torch.int32, torch.int64)
+
+EVERYTHING = LayerSpec(
+    in_features=22,
+    out_features=10,
+    vector_len=4,
+    num_centroids=8,
+    num_res_centroids=4,
+    group_num=2,
+    outlier_size=2,
+    outlier_vector_len=3,
+    num_outlier_centroids=5,
+    enable_norm=True,
+    norm_dim=1,
+    enable_perm=True,
+    is_indice_packed=False,
+)
+"""Unpacked, with every option on and no size that divides another; see it packed with ``replace``."""
 
 _SPEC_FIELDS = set(LayerSpec.__dataclass_fields__) - {"in_features"}
 
@@ -81,10 +100,14 @@ def random_tensors(
     """Random valid tensors of one module, by their name below it.
 
     ``dtype`` is that of books and norm. ``index_dtype`` is that of indices outside the packed stream: None for the
-    one the spec says (int16, or float16 with ``indices_as_float``), both of which hold the bits of a uint16.
+    one the spec says (int16, or float16 with ``indices_as_float``), both of which hold the bits of a uint16. ``perm``
+    follows: int16 in packed layers and int64 in others for None, else ``index_dtype``, or int16 where that is a float.
     """
     assert spec.in_features is not None and spec.out_features is not None
     gen = torch.Generator().manual_seed(seed)
+    perm_dtype = index_dtype or (torch.int16 if spec.is_indice_packed else torch.int64)
+    if perm_dtype.is_floating_point:
+        perm_dtype = torch.int16
     index_dtype = index_dtype or (torch.float16 if spec.indices_as_float else torch.int16)
     groups, v = spec.group_num, spec.vector_len
     size = (spec.in_features - spec.outlier_size) // groups
@@ -112,10 +135,7 @@ def random_tensors(
         outlier_rows = -(-spec.out_features // spec.outlier_vector_len)
         tensors["outlier_indices"] = index(spec.num_outlier_centroids, 1, outlier_rows, spec.outlier_size)
     if spec.enable_perm:
-        wide = index_dtype in (torch.int32, torch.int64) or not spec.is_indice_packed
-        tensors["perm"] = disguise(
-            torch.randperm(spec.in_features, generator=gen), torch.int64 if wide else torch.int16
-        )
+        tensors["perm"] = disguise(torch.randperm(spec.in_features, generator=gen), perm_dtype)
     if spec.enable_norm:
         length = spec.out_features if spec.norm_dim else spec.in_features
         tensors["weight_scale"] = (0.5 + torch.rand(length, generator=gen)).to(dtype)
@@ -138,3 +158,13 @@ def _random_stream(gen: torch.Generator, lead: tuple[int, ...], bits: int) -> Te
     words = torch.randint(1 << 32, (*lead, math.ceil(bits / 32)), generator=gen)
     words[..., -1] &= (1 << ((bits - 1) % 32 + 1)) - 1
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def refusal(*parts: object, name: str):
+    """Expects a VPTQFormatError of one line that begins with the module and holds ``parts`` in this order."""
+    pattern = ".*".join(re.escape(str(part)) for part in parts)
+    return pytest.raises(VPTQFormatError, match=rf"\A{re.escape(name)}: .*{pattern}.*\Z")
+
+
+def is_one_line_about(error: VPTQFormatError, name: str) -> bool:
+    return str(error).startswith(f"{name}: ") and error.module == name and len(str(error).splitlines()) == 1

@@ -17,7 +17,7 @@ def _stream_period(bits: int) -> tuple[int, int]:
 def unpack_indices(words: Tensor, bits: int, count: int) -> Tensor:
     """Reads ``count`` values of ``bits`` bits from each row of a little-endian, LSB-first bit stream.
 
-    ``words`` is int32 ``[..., W]`` with ``W * 32 >= count * bits``, ``bits`` 1 to 32. Returns int64 ``[..., count]``.
+    ``words`` is int32 ``[..., ceil(count * bits / 32)]``, ``bits`` 1 to 32. Returns int64 ``[..., count]``.
     """
     _check_stream(words, bits, count)
     values, span = _stream_period(bits)

@@ -1,0 +1,1 @@
+"""Making VPTQ checkpoints: ``vptq-quantize run MODEL --out DIR``."""

@@ -1,0 +1,101 @@
+"""Perplexity of dense and VPTQ checkpoints alike, through transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.errors import QuantizeError
+from quantize.export import dense_tensors, read_config
+from vllm_vptq.format import VPTQFormatError, read_layer_specs
+
+
+def load_any(model: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer; a VPTQ checkpoint is loaded as the dense model it stands for."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(model)
+    if not _is_vptq(folder):
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise QuantizeError(f"cannot load model {model}: {(str(error).splitlines() or [''])[0]}") from error
+        return loaded.to(device).eval(), tokenizer
+    _, specs = read_config(folder)
+    config = AutoConfig.from_pretrained(folder)
+    for key in ("quantization_config", "quant_config"):
+        if hasattr(config, key):
+            delattr(config, key)
+    loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    state = dict(dense_tensors(folder, specs, dtype))
+    missing, unexpected = loaded.load_state_dict(state, strict=False)
+    tied = set(getattr(loaded, "all_tied_weights_keys", None) or ())
+    lost = [name for name in missing if name not in tied]
+    if lost or unexpected:
+        raise VPTQFormatError(str(folder), f"tensors do not fit the model: {', '.join([*lost, *unexpected][:3])}")
+    loaded.tie_weights()
+    return loaded.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _is_vptq(folder: Path) -> bool:
+    try:
+        read_layer_specs(read_config(folder)[0])
+    except (QuantizeError, VPTQFormatError):
+        return False
+    return True
+
+
+def evaluation_text(name: str | None) -> str:
+    """The text to evaluate on: a file, ``wikitext2``, or by default the language reference that ships with Python.
+
+    The default needs no network. wikitext2 is read through ``datasets`` and joined the way GPTQ's scripts do.
+    """
+    if name is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[key] for key in sorted(topics))
+    if name == "wikitext2":
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+        except Exception as error:  # whatever the hub client raises without a network
+            raise QuantizeError("wikitext2 could not be downloaded; give --text a file") from error
+        return "\n\n".join(rows)
+    path = Path(name)
+    if not path.is_file():
+        raise QuantizeError(f"text {name} is no file")
+    return path.read_text(encoding="utf8", errors="replace")
+
+
+@torch.inference_mode()
+def perplexity(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    context: int = 1024,
+    tokens: int = 40960,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """exp of the mean negative log likelihood over non-overlapping windows, the first token of each aside."""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0][:tokens]
+    # Gemma reads nothing sensible without its opening token.
+    opening = [tokenizer.bos_token_id] if "gemma" in model.config.model_type else []
+    step = context - len(opening)
+    starts = range(0, len(ids) - step + 1, step)
+    if not starts:
+        raise QuantizeError(f"the text has {len(ids)} tokens, fewer than one window of {context}")
+    total, count = 0.0, 0
+    for i, start in enumerate(starts):
+        window = torch.tensor(opening + ids[start : start + step].tolist(), device=model.device)
+        logits = model(window[None]).logits[0, :-1].float()
+        total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+        count += len(window) - 1
+        progress(i + 1, len(starts))
+    return math.exp(total / count)

@@ -1,0 +1,154 @@
+"""Writing and reading checkpoints: safetensors shards, config.json (generation F2), tokenizer files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quantize.errors import QuantizeError
+from quantize.recipe import Recipe
+from vllm_vptq.format import (
+    LayerSpec,
+    LayerSpecs,
+    VPTQFormatError,
+    dequantize,
+    read_layer_specs,
+    tensor_shapes,
+    validate,
+)
+
+_INDEX = "model.safetensors.index.json"
+
+
+class Exporter:
+    """Writes a checkpoint shard by shard, so that no more than a block is held; :meth:`finish` makes it loadable."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise QuantizeError(f"{out} exists and is not empty; choose another --out or remove it")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QuantizeError(f"cannot write to {out}: {error.strerror}") from error
+        self._shards: list[dict[str, int]] = []
+
+    def add_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        """Writes one shard. Its final name is known only at the end, so it starts under a number."""
+        on_cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        _save(on_cpu, self._path(len(self._shards)))
+        self._shards.append({name: tensor.nbytes for name, tensor in on_cpu.items()})
+
+    def finish(self, model: nn.Module, tokenizer: Any, specs: Mapping[str, LayerSpec], recipe: Recipe) -> None:
+        """Names the shards and writes the index, the configurations, the tokenizer and the recipe."""
+        files = [f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors" for i in range(len(self._shards))]
+        for i, file in enumerate(files):
+            self._path(i).rename(self.out / file)
+        weight_map = {name: file for shard, file in zip(self._shards, files, strict=True) for name in shard}
+        total = sum(size for shard in self._shards for size in shard.values())
+        _write_json(self.out / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        config = model.config
+        config.save_pretrained(self.out)
+        written = json.loads((self.out / "config.json").read_text())
+        written["quantization_config"] = {
+            "quant_method": "vptq",
+            "config_for_layers": {name: spec.to_config() for name, spec in specs.items()},
+            "shared_layer_config": {},
+        }
+        _write_json(self.out / "config.json", written)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(self.out)
+        tokenizer.save_pretrained(self.out)
+        _write_json(self.out / "vptq_recipe.json", recipe.model_dump(exclude_defaults=True))
+
+    def _path(self, i: int) -> Path:
+        return self.out / f"model-part-{i:05d}.safetensors"
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise QuantizeError(f"cannot write {path}: {error}") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], LayerSpecs]:
+    """A VPTQ checkpoint's config.json and layer specs."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise QuantizeError(f"{folder}: no readable config.json ({error})") from error
+    return config, read_layer_specs(config)
+
+
+def dense_tensors(folder: Path, specs: LayerSpecs, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the dense model that a VPTQ checkpoint stands for, modules dequantized into ``dtype``."""
+    pending: dict[str, dict[str, Tensor]] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise QuantizeError(f"{folder}: no safetensors files")
+    for file in files:
+        try:
+            reader = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise VPTQFormatError(file.name, f"unreadable or truncated ({error})") from error
+        with reader:
+            for name in reader.keys():  # noqa: SIM118 (a safetensors reader is no dict)
+                module, tensor = _owner(name, specs)
+                if module is None or tensor == "bias":
+                    yield name, reader.get_tensor(name)
+                else:
+                    pending.setdefault(module, {})[tensor] = reader.get_tensor(name)
+        # A module lies in one file as we write them, but need not; what is complete is done with.
+        for module in [m for m, tensors in pending.items() if _complete(tensors, specs[m])]:
+            yield f"{module}.weight", _dequantized(module, pending.pop(module), specs[module], dtype)
+    for module, tensors in pending.items():
+        yield f"{module}.weight", _dequantized(module, tensors, specs[module], dtype)
+    # Modules none of whose tensors exist are the caller's to miss: it knows the model's names.
+
+
+def _owner(name: str, specs: LayerSpecs) -> tuple[str | None, str]:
+    """Splits ``model.q_proj.centroids.weight`` into module and tensor; module None if it is not a quantized one."""
+    parts = name.split(".")
+    for cut in (len(parts) - 1, len(parts) - 2):
+        module = ".".join(parts[:cut])
+        if module in specs:
+            return module, ".".join(parts[cut:])
+    return None, name
+
+
+def _complete(tensors: dict[str, Tensor], spec: LayerSpec) -> bool:
+    return spec.in_features is not None and tensors.keys() >= tensor_shapes(spec).keys()
+
+
+def _dequantized(module: str, tensors: dict[str, Tensor], spec: LayerSpec, dtype: torch.dtype) -> Tensor:
+    if spec.in_features is None or spec.out_features is None:
+        raise VPTQFormatError(module, "the configuration gives no in_features and out_features")
+    validate(module, tensors, spec)
+    return dequantize(tensors, spec).to(dtype)
+
+
+def write_dense(folder: Path, out: Path, dtype: torch.dtype) -> None:
+    """Writes the dense model that a VPTQ checkpoint stands for, for tools that know no VPTQ."""
+    config, specs = read_config(folder)
+    exporter = Exporter(out)
+    exporter.add_shard(dict(dense_tensors(folder, specs, dtype)))
+    (out / "model-part-00000.safetensors").rename(out / "model.safetensors")
+    for key in ("quantization_config", "quant_config"):
+        config.pop(key, None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(out / "config.json", config)
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("config.json", _INDEX):
+            (out / file.name).write_bytes(file.read_bytes())

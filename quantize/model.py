@@ -1,0 +1,111 @@
+"""Finding one's way in a Hugging Face decoder: its blocks, their linear layers, what the first block receives."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.errors import QuantizeError
+
+
+def load(model: str, device: torch.device) -> tuple[nn.Module, Any]:
+    """A causal language model in its own dtype, and its tokenizer; QuantizeError if either can't be loaded."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", low_cpu_mem_usage=True)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        where = "" if Path(model).exists() else " (no such directory, so it was looked up on the hub)"
+        raise QuantizeError(f"cannot load model {model}{where}: {reason}") from error
+    if getattr(loaded.config, "quantization_config", None) is not None:
+        raise QuantizeError(f"model {model} is quantized already; start from the original")
+    return loaded.to(device).eval(), tokenizer
+
+
+@dataclass
+class Block:
+    """One decoder block: its full name, and its linear layers by full name."""
+
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+
+
+def decoder_blocks(model: nn.Module) -> list[Block]:
+    """The blocks of the decoder: the longest module list whose items hold linear layers."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules())
+    ]
+    if not lists:
+        raise QuantizeError(f"{type(model).__name__} has no list of blocks with linear layers; nothing to quantize")
+    name, blocks = max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))
+    found = []
+    for i, block in enumerate(blocks):
+        prefix = f"{name}.{i}"
+        linears = {f"{prefix}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        found.append(Block(prefix, block, linears))
+    return found
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything of interest was seen."""
+
+
+@torch.inference_mode()
+def first_inputs(model: nn.Module, blocks: list[Block], batches: list[Tensor]) -> tuple[list[Tensor], list[dict]]:
+    """What the first block receives for each batch, and the keyword arguments every block is called with.
+
+    Blocks may be called with different arguments (sliding and full attention masks), which depend on the batch's
+    shape alone: one whole pass over the first batch records them. All batches must have one shape.
+    """
+    arguments: list[dict] = [{} for _ in blocks]
+
+    def record(i: int, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        if len(args) > 1:
+            raise QuantizeError(
+                f"{blocks[i].name} takes more than one positional argument; this model is not supported"
+            )
+        arguments[i] = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
+
+    hooks = [
+        block.module.register_forward_pre_hook(
+            lambda m, args, kwargs, i=i: record(i, m, args, kwargs), with_kwargs=True
+        )
+        for i, block in enumerate(blocks)
+    ]
+    _decoder(model)(batches[0], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+
+    inputs: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    hook = blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True)
+    for batch in batches:
+        with contextlib.suppress(_Stop):
+            _decoder(model)(batch, use_cache=False)
+    hook.remove()
+    return inputs, arguments
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The model without its head, whose logits nobody needs here."""
+    return getattr(model, getattr(model, "base_model_prefix", ""), model)
+
+
+def run_block(block: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:
+    """A block's output hidden states."""
+    output = block(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output

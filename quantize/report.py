@@ -1,0 +1,66 @@
+"""What the user sees of a run: stages, one progress bar with a time to go, the error of every layer as it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vllm_vptq.format import LayerSpec
+
+
+class Report:
+    """Prints to a console; on a pipe or in a log, plain lines without the bar's redraws."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None, start=False)
+
+    def __enter__(self) -> Report:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def stage(self, name: str) -> None:
+        """Begins a part of the run."""
+        self._bar.reset(self._task, description=name, total=None)
+        self.console.print(f"[bold]{name}")
+
+    def progress(self, done: int, total: int) -> None:
+        """Moves the bar of the current stage."""
+        self._bar.update(self._task, completed=done, total=total)
+
+    def plan(self, model: str, specs: Mapping[str, LayerSpec], weights: int, bits: float) -> None:
+        """Says what is going to be done."""
+        kinds = sorted({_kind(spec) for spec in specs.values()})
+        self.console.print(
+            f"{model}: {len(specs)} linear layers, {weights / 1e6:.1f}M weights as {', '.join(kinds)}, "
+            f"{bits:.2f} effective bits a weight ({weights * bits / 8 / 2**20:.1f} MiB)"
+        )
+
+    def layer(self, name: str, spec: LayerSpec, error: float, done: int, total: int) -> None:
+        """A layer is coded, with this error relative to the weight, in the norm that its inputs give."""
+        self.progress(done, total)
+        self.console.print(f"  {name:<44} {_kind(spec):<14} error {error:.2e}", style="dim")
+
+    def block(self, name: str, seconds: float) -> None:
+        """A block is written."""
+        self.console.print(f"{name} in {seconds:.1f} s")
+
+
+def _kind(spec: LayerSpec) -> str:
+    return f"v{spec.vector_len}-k{spec.num_centroids}-{spec.num_res_centroids}"
