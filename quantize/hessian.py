@@ -60,6 +60,6 @@ def inverse_factor(moment: Tensor) -> Tensor:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                return upper
+                return upper.contiguous()
         extra = 0.01 * 4.0**step
     raise QuantizeError("the second moments of its inputs have no Cholesky factor, however much they are damped")

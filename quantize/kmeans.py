@@ -12,6 +12,7 @@ from vllm_vptq.build import cpu_library
 
 _CHUNK = 1 << 23
 """Distances held at a time."""
+_SEED_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -69,26 +70,36 @@ def _ranked(points: Tensor, book: Tensor, count: int) -> Tensor:
 
 
 def _assign_native(points: Tensor, books: Books, candidates: int) -> tuple[Tensor, Tensor | None]:
-    points, main = points.contiguous(), books.main.contiguous()
-    second = None if books.residual is None else books.residual.contiguous()
+    points = points.contiguous()
     index = torch.empty(len(points), dtype=torch.int64)
-    residual_index = None if second is None else torch.empty_like(index)
-    pointer = ctypes.c_void_p
-    failed = cpu_library("assign").vptq_assign(
-        pointer(points.data_ptr()),
-        ctypes.c_int64(len(points)),
-        ctypes.c_int(points.shape[1]),
-        pointer(main.data_ptr()),
-        ctypes.c_int(len(main)),
-        pointer(None if second is None else second.data_ptr()),
-        ctypes.c_int(0 if second is None else len(second)),
-        ctypes.c_int(candidates),
-        pointer(index.data_ptr()),
-        pointer(None if residual_index is None else residual_index.data_ptr()),
+    residual_index = torch.empty_like(index) if books.residual is not None else None
+    call_native(
+        "vptq_assign", points, len(points), points.shape[1], *native_books(books), candidates, index, residual_index
     )
-    if failed:
-        raise ValueError(f"vector length {points.shape[1]}, expected 2 to 16")
     return index, residual_index
+
+
+def native_books(books: Books) -> tuple[Tensor, int, Tensor | None, int]:
+    """The four arguments that stand for books in ``csrc/cpu/assign.cpp``."""
+    main, residual = books.main.contiguous(), books.residual
+    return (
+        main,
+        len(main),
+        None if residual is None else residual.contiguous(),
+        0 if residual is None else len(residual),
+    )
+
+
+def call_native(function: str, *arguments: Tensor | int | None) -> None:
+    """Calls a function of ``csrc/cpu/assign.cpp``: tensors as pointers, integers as 64-bit registers."""
+    values = [
+        ctypes.c_void_p(a.data_ptr() if isinstance(a, Tensor) else None)
+        if a is None or isinstance(a, Tensor)
+        else ctypes.c_int64(a)
+        for a in arguments
+    ]
+    if getattr(cpu_library("assign"), function)(*values):
+        raise ValueError("the vector length must be 2 to 16")
 
 
 def train_books(
@@ -126,14 +137,28 @@ def _kmeans(points: Tensor, weights: Tensor, k: int, iterations: int, generator:
 
 
 def _seed(points: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k points drawn by weight. Weighted sampling without replacement: the k largest of Exponential(weight) races."""
-    uniform = torch.rand(len(points), generator=generator).to(points.device).clamp_min(1e-12)
-    race = uniform.log() / weights.clamp_min(1e-30)
-    chosen = race.topk(min(k, len(points))).indices
-    book = points[chosen]
+    """k points, drawn in rounds with a probability that grows with their distance from those drawn before.
+
+    k-means|| (https://arxiv.org/abs/1203.6402) with a fixed number of points a round. Lone weights far outside the
+    rest (a model's "super weights") get a centroid of their own this way; a plain random start never finds them,
+    and a model can lose all its accuracy over one.
+    """
+    count = min(k, len(points))
+    book = points[_draw(weights, -(-count // _SEED_ROUNDS), generator)]
+    while len(book) < count:
+        distance = (points - book[nearest(points, book)]).square().sum(1)
+        missing = min(-(-count // _SEED_ROUNDS), count - len(book))
+        book = torch.cat([book, points[_draw(weights * distance, missing, generator)]])
     if len(book) < k:  # fewer points than centroids: every point has its own, the rest are spare
         book = torch.cat([book, book[torch.arange(k - len(book), device=book.device) % len(book)]])
-    return book.clone()
+    return book
+
+
+def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` different indices with probabilities proportional to ``weights``: winners of exponential races."""
+    uniform = torch.rand(len(weights), generator=generator).to(weights.device).clamp_min(1e-12)
+    race = uniform.log() / weights.clamp_min(1e-30)
+    return race.topk(count).indices
 
 
 def _means(points: Tensor, weights: Tensor, index: Tensor, book: Tensor) -> Tensor:

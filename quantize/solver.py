@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from quantize.hessian import damp, inverse_factor
-from quantize.kmeans import Books, assign, train_books
+from quantize.kmeans import Books, assign, call_native, native_books, train_books
 from quantize.recipe import LayerRecipe, Recipe
 from vllm_vptq.format import LayerSpec, dequantize, pack_indices
 
 _BLOCK = 128
 """Columns coded before the error is carried to the rest in one product."""
-_SAMPLES_PER_CENTROID = 64
+_SAMPLES_PER_CENTROID = 128
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,12 @@ def _train(vectors: Tensor, importance: Tensor, spec: LayerSpec, recipe: Recipe,
     generator = torch.Generator().manual_seed(recipe.seed)
     most = _SAMPLES_PER_CENTROID * max(spec.num_centroids, spec.num_res_centroids)
     if len(points) > most:
-        chosen = torch.randperm(len(points), generator=generator)[:most].to(points.device)
+        # The longest vectors are always there: a few weights far outside the rest decide over a model.
+        energy = points.square().sum(1) * weights
+        longest = energy.argsort(descending=True, stable=True)
+        others = longest[most // 8 :]
+        drawn = torch.randperm(len(others), generator=generator)[: most - most // 8].to(points.device)
+        chosen = torch.cat([longest[: most // 8], others[drawn]])
         points, weights = points[chosen], weights[chosen]
     books = train_books(
         points,
@@ -100,22 +105,46 @@ def _train(vectors: Tensor, importance: Tensor, spec: LayerSpec, recipe: Recipe,
 def _code_with_feedback(vectors: Tensor, factor: Tensor, books: Books, candidates: int) -> tuple[Tensor, Tensor | None]:
     """Indices int64 ``[R, columns]`` of vectors ``[R, columns, v]``, columns coded from left to right."""
     rows, columns, v = vectors.shape
-    # [columns, R * v]: a column's vectors are contiguous, and its error is carried on by one rank-1 product.
-    left = vectors.transpose(0, 1).reshape(columns, rows * v).contiguous()
+    # Columns outermost: the error of a block is carried on by one large matrix product.
+    left = vectors.transpose(0, 1).contiguous()
     index = torch.empty(columns, rows, dtype=torch.int64, device=vectors.device)
     residual = torch.empty_like(index) if books.residual is not None else None
+    code_block = _code_block_native if vectors.device.type == "cpu" else code_block_torch
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        block = left[start:end]
-        errors = torch.empty_like(block)
-        for j in range(end - start):
-            points = block[j].view(rows, v)
-            main, second = assign(points, books, candidates)
-            index[start + j] = main
-            if residual is not None and second is not None:
-                residual[start + j] = second
-            row = factor[start + j, start + j : end]
-            errors[j] = (block[j] - books.decode(main, second).flatten()) / row[0]
-            block[j + 1 :].addr_(row[1:], errors[j], alpha=-1)
-        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        parts = index[start:end], None if residual is None else residual[start:end]
+        errors = code_block(left[start:end], factor[start:end, start:end], books, candidates, *parts)
+        left[end:].view(columns - end, rows * v).addmm_(
+            factor[start:end, end:].T, errors.view(end - start, rows * v), alpha=-1
+        )
     return index.T.contiguous(), None if residual is None else residual.T.contiguous()
+
+
+def code_block_torch(
+    block: Tensor, factor: Tensor, books: Books, candidates: int, index: Tensor, residual: Tensor | None
+) -> Tensor:
+    """Codes a block ``[columns, R, v]`` in place of ``index`` and ``residual`` ``[columns, R]``.
+
+    ``factor`` is the block of the inverse factor. Returns the errors ``[columns, R, v]`` over their diagonal element.
+    """
+    block = block.clone()
+    errors = torch.empty_like(block)
+    for j in range(len(block)):
+        main, second = assign(block[j], books, candidates)
+        index[j] = main
+        if residual is not None and second is not None:
+            residual[j] = second
+        errors[j] = (block[j] - books.decode(main, second)) / factor[j, j]
+        block[j + 1 :] -= factor[j, j + 1 :, None, None] * errors[j]
+    return errors
+
+
+def _code_block_native(
+    block: Tensor, factor: Tensor, books: Books, candidates: int, index: Tensor, residual: Tensor | None
+) -> Tensor:
+    errors = torch.empty_like(block)
+    columns, rows, v = block.shape
+    candidates = min(candidates, len(books.main))
+    arguments = (block, columns, rows, v, factor, factor.stride(0), *native_books(books), candidates)
+    call_native("vptq_code_block", *arguments, index, residual, errors)
+    return errors

@@ -1,4 +1,5 @@
-// Nearest centroids of short vectors, main and residual index chosen together (quantize/kmeans.py).
+// Nearest centroids of short vectors, main and residual index chosen together (quantize/kmeans.py), alone and inside
+// the column walk with error feedback (quantize/solver.py).
 //
 // One point at a time against a transposed book [v][k], so that the compiler vectorises over centroids; the scores of
 // a point stay in the first-level cache. Minima are kept for every chunk of 64 centroids, so that the best few are
@@ -35,9 +36,9 @@ struct Book {
 
 // score[c] = |centroid|^2 / 2 - x . centroid: half the squared distance, less what does not depend on c.
 template <int V>
-void score_all(const Book& book, const float* x, float* score, float* chunk_min) {
+void score_all(const Book& book, const float* x, float* __restrict score, float* __restrict chunk_min) {
   for (int base = 0; base < book.padded; base += kChunk) {
-    float* s = score + base;
+    float* __restrict s = score + base;
     std::copy_n(book.half_norm.data() + base, kChunk, s);
     for (int d = 0; d < V; ++d) {
       const float* column = book.columns.data() + static_cast<size_t>(d) * book.padded + base;
@@ -64,40 +65,93 @@ void exclude(int c, float* score, float* chunk_min) {
   chunk_min[c / kChunk] = *std::min_element(s, s + kChunk);
 }
 
+// Scratch space of one thread.
+struct Scratch {
+  std::vector<float> score, chunk_min, second, second_min;
+
+  Scratch(const Book& main, const Book& residual)
+      : score(main.padded), chunk_min(main.padded / kChunk), second(residual.padded),
+        second_min(residual.padded / kChunk) {}
+};
+
+// The books as the search reads them, and as given.
+struct Books {
+  const float *main, *residual;  // residual may be null
+  Book main_book, residual_book;
+
+  Books(const float* main, int k, const float* residual, int r, int v)
+      : main(main), residual(residual), main_book(main, k, v),
+        residual_book(residual ? residual : main, residual ? r : 0, v) {}
+};
+
+struct Choice {
+  int main, residual;
+};
+
 template <int V>
-void assign(const float* points, int64_t n, const float* main, int k, const float* residual, int r, int candidates,
-            int64_t* index, int64_t* residual_index) {
-  const Book main_book(main, k, V);
-  const Book residual_book(residual ? residual : main, residual ? r : 0, V);
-#pragma omp parallel
+Choice choose(const Books& books, const float* x, int candidates, Scratch& s) {
+  score_all<V>(books.main_book, x, s.score.data(), s.chunk_min.data());
+  Choice chosen{best(books.main_book, s.score.data(), s.chunk_min.data()), -1};
+  if (!books.residual) return chosen;
+  float lowest = kInfinity;
+  for (int t = 0, c = chosen.main;; c = best(books.main_book, s.score.data(), s.chunk_min.data())) {
+    float left[V], norm = 0;
+    for (int d = 0; d < V; ++d) {
+      left[d] = x[d] - books.main[c * V + d];
+      norm += left[d] * left[d];
+    }
+    score_all<V>(books.residual_book, left, s.second.data(), s.second_min.data());
+    const int e = best(books.residual_book, s.second.data(), s.second_min.data());
+    const float error = norm / 2 + s.second[e];
+    if (t == 0 || error < lowest) {
+      lowest = error;
+      chosen = {c, e};
+    }
+    if (++t == candidates) return chosen;
+    exclude(c, s.score.data(), s.chunk_min.data());
+  }
+}
+
+template <int V>
+void assign(const float* points, int64_t n, const Books& books, int candidates, int64_t* index, int64_t* residual) {
+#pragma omp parallel if (n >= 1024)
   {
-    std::vector<float> score(main_book.padded), chunk_min(main_book.padded / kChunk);
-    std::vector<float> second(residual_book.padded), second_min(residual_book.padded / kChunk);
+    Scratch scratch(books.main_book, books.residual_book);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
-      const float* x = points + i * V;
-      score_all<V>(main_book, x, score.data(), chunk_min.data());
-      if (!residual) {
-        index[i] = best(main_book, score.data(), chunk_min.data());
-        continue;
-      }
-      float lowest = kInfinity;
-      for (int t = 0; t < candidates; ++t) {
-        const int c = best(main_book, score.data(), chunk_min.data());
-        float left[V], norm = 0;
+      const Choice chosen = choose<V>(books, points + i * V, candidates, scratch);
+      index[i] = chosen.main;
+      if (residual) residual[i] = chosen.residual;
+    }
+  }
+}
+
+// Vector rows are independent of each other: a thread takes a row through all columns of the block.
+template <int V>
+void code_block(const float* left, int columns, int64_t rows, const float* factor, int64_t factor_stride, const Books& books,
+                int candidates, int64_t* index, int64_t* residual, float* errors) {
+#pragma omp parallel
+  {
+    Scratch scratch(books.main_book, books.residual_book);
+    std::vector<float> row(static_cast<size_t>(columns) * V);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int j = 0; j < columns; ++j) std::copy_n(left + (j * rows + r) * V, V, row.data() + j * V);
+      for (int j = 0; j < columns; ++j) {
+        const float* x = row.data() + j * V;
+        const Choice chosen = choose<V>(books, x, candidates, scratch);
+        index[j * rows + r] = chosen.main;
+        if (residual) residual[j * rows + r] = chosen.residual;
+        const float* u = factor + j * factor_stride;
+        float error[V];
         for (int d = 0; d < V; ++d) {
-          left[d] = x[d] - main[c * V + d];
-          norm += left[d] * left[d];
+          float coded = books.main[chosen.main * V + d];
+          if (residual) coded += books.residual[chosen.residual * V + d];
+          error[d] = (x[d] - coded) / u[j];
+          errors[(j * rows + r) * V + d] = error[d];
         }
-        score_all<V>(residual_book, left, second.data(), second_min.data());
-        const int e = best(residual_book, second.data(), second_min.data());
-        const float error = norm / 2 + second[e];
-        if (t == 0 || error < lowest) {
-          lowest = error;
-          index[i] = c;
-          residual_index[i] = e;
-        }
-        exclude(c, score.data(), chunk_min.data());
+        for (int i = j + 1; i < columns; ++i)
+          for (int d = 0; d < V; ++d) row[i * V + d] -= u[i] * error[d];
       }
     }
   }
@@ -105,17 +159,42 @@ void assign(const float* points, int64_t n, const float* main, int k, const floa
 
 }  // namespace
 
-// points [n, v], main [k, v], residual [r, v] or null; candidates <= k. Writes index [n] and, with a residual book,
-// residual_index [n]. Returns 0, or 1 for a vector length the format does not have.
-extern "C" int vptq_assign(const float* points, int64_t n, int v, const float* main, int k, const float* residual,
-                           int r, int candidates, int64_t* index, int64_t* residual_index) {
+#define FOR_EACH_VECTOR_LENGTH(CASE) \
+  CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) \
+  CASE(15) CASE(16)
+
+// Both return 0, or 1 for a vector length the format does not have. main [k, v]; residual [r, v] or null, and with it
+// residual_index; candidates <= k.
+
+// points [n, v]; writes index [n].
+extern "C" int vptq_assign(const float* points, int64_t n, int64_t v, const float* main, int64_t k,
+                           const float* residual, int64_t r, int64_t candidates, int64_t* index,
+                           int64_t* residual_index) {
+  const Books books(main, k, residual, r, v);
   switch (v) {
 #define CASE(V) \
   case V:       \
-    assign<V>(points, n, main, k, residual, r, candidates, index, residual_index); \
+    assign<V>(points, n, books, candidates, index, residual_index); \
     return 0;
-    CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
-    CASE(15) CASE(16)
+    FOR_EACH_VECTOR_LENGTH(CASE)
+#undef CASE
+  }
+  return 1;
+}
+
+// A block of columns, coded from left to right with error feedback inside the block. left [columns, rows, v] in;
+// factor [columns, columns], rows factor_stride apart; writes index [columns, rows] and errors [columns, rows, v], each
+// divided by its diagonal element, for the caller to carry to the columns behind the block.
+extern "C" int vptq_code_block(const float* left, int64_t columns, int64_t rows, int64_t v, const float* factor,
+                               int64_t factor_stride, const float* main, int64_t k, const float* residual, int64_t r,
+                               int64_t candidates, int64_t* index, int64_t* residual_index, float* errors) {
+  const Books books(main, k, residual, r, v);
+  switch (v) {
+#define CASE(V) \
+  case V:       \
+    code_block<V>(left, columns, rows, factor, factor_stride, books, candidates, index, residual_index, errors); \
+    return 0;
+    FOR_EACH_VECTOR_LENGTH(CASE)
 #undef CASE
   }
   return 1;
