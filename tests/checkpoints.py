@@ -82,7 +82,7 @@ def rewrite_model(
     seed: int = 0,
     **config_changes: object,
 ) -> tuple[Path, Path]:
-    """Writes ``out/vptq`` and its dense twin ``out/dense`` from a dense checkpoint; ``choose`` gives each linear's spec.
+    """Writes ``out/vptq`` and its dense twin ``out/dense``; ``choose`` gives each linear of the source its spec.
 
     ``section`` makes the part of config.json that describes the layers (generation F2 by default).
     """

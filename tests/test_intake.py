@@ -45,9 +45,9 @@ class Layer:
 def qkv(columns=(0, K)) -> list[Source]:
     """q quantized with everything, k with a plain book, v dense; this rank has a part of the rows of each."""
     return [
-        Source("l.q_proj", Q, [(3, 9)], columns, 10, shard_ids=("q", ("q",))),
-        Source("l.k_proj", KEY, [(1, 5)], columns, 8, shard_ids=("k", ("k",))),
-        Source("l.v_proj", None, [(2, 4)], columns, 6, shard_ids=("v", ("v",))),
+        Source("l.q_proj", Q, [(3, 9)], columns, (10, K), shard_ids=("q", ("q",))),
+        Source("l.k_proj", KEY, [(1, 5)], columns, (8, K), shard_ids=("k", ("k",))),
+        Source("l.v_proj", None, [(2, 4)], columns, (6, K), shard_ids=("v", ("v",))),
     ]
 
 
@@ -62,7 +62,7 @@ def qkv_expected(tensors: dict[str, dict[str, Tensor]], columns=(0, K)) -> list[
 
 
 def fused_source() -> Source:
-    return Source("l.qkv_proj", FUSED, PIECES, (0, K), 30, shard_ids=("q", "k", "v", ("q", "k", "v")))
+    return Source("l.qkv_proj", FUSED, PIECES, (0, K), (30, K), shard_ids=("q", "k", "v", ("q", "k", "v")))
 
 
 def assert_weights(intake: Intake, expected: list[Tensor]) -> None:
@@ -123,8 +123,8 @@ def test_a_part_that_is_fused_beside_one_that_is_not(ids, used):
     """As gate and up in one module, with a third output of its own."""
     both = replace(KEY, out_features=14)
     layer = Layer(
-        Source("l.both", both, [(0, 4), (8, 11)], (0, K), 14, shard_ids=ids),
-        Source("l.third", KEY, [(5, 8)], (0, K), 8, shard_ids=(2, (2,))),
+        Source("l.both", both, [(0, 4), (8, 11)], (0, K), (14, K), shard_ids=ids),
+        Source("l.third", KEY, [(5, 8)], (0, K), (8, K), shard_ids=(2, (2,))),
     )
     tensors, third = random_tensors(both, seed=3), random_tensors(KEY, seed=4)
     for i, (name, tensor) in enumerate(tensors.items()):
@@ -243,7 +243,7 @@ def test_staged_tensors_are_dropped_once_a_module_is_complete():
 def test_a_shard_does_not_keep_the_whole_indices_alive(perm):
     """As the intake promises: loading holds one whole module at a time beyond what the rank keeps."""
     spec = LayerSpec(64, 80, 4, 16, enable_perm=perm)
-    layer = Layer(Source("l.up", spec, [(40, 50)], (0, 64), 80))
+    layer = Layer(Source("l.up", spec, [(40, 50)], (0, 64), (80, 64)))
     layer.load(random_tensors(spec, seed=13))
     words = layer.intake.release()[0].segments[0].words
     assert words.untyped_storage().nbytes() == words.numel() * words.itemsize

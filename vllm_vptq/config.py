@@ -72,7 +72,8 @@ class VPTQConfig(QuantizationConfig):
         self._specs = LayerSpecs(
             hf_to_vllm_mapper.apply_dict(specs.layers),
             specs.shared,
-            tuple(hf_to_vllm_mapper.apply_list(list(specs.modules_to_not_convert))),
+            # Entries may be single components ("lm_head"), which a mapper of prefixes would spoil: both forms count.
+            (*specs.modules_to_not_convert, *hf_to_vllm_mapper.apply_list(list(specs.modules_to_not_convert))),
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -86,9 +87,14 @@ class VPTQConfig(QuantizationConfig):
             return VPTQLinearMethod(prefix, modules)
         if isinstance(layer, ParallelLMHead) and prefix in self.specs:
             raise VPTQFormatError(prefix, "a quantized lm_head is not supported; list it in modules_to_not_convert")
-        if is_routed_experts(layer) and any(name.startswith(f"{prefix}.") for name in self.specs):
+        if is_routed_experts(layer) and self._has_experts(prefix):
             raise VPTQFormatError(prefix, "quantized routed experts are not supported yet")
         return None
+
+    def _has_experts(self, prefix: str) -> bool:
+        expert_leaves = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+        shared = any(f"{prefix}.0.{leaf}" in self.specs for leaf in expert_leaves)
+        return shared or any(name.startswith(f"{prefix}.") for name in self.specs)
 
     def _modules_of(self, prefix: str) -> list[tuple[str, LayerSpec | None]]:
         """The checkpoint modules behind a vLLM layer, in output order, with their specs."""

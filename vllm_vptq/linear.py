@@ -55,10 +55,10 @@ class VPTQLinearMethod(LinearMethodBase):
         layer.vptq_plan = []
         intake = layer.vptq_intake = Intake(sources, device, on_ready=partial(self._reloaded, layer))
         for tensor in sorted(intake.tensor_names()):
-            _add_placeholder(layer, tensor, partial(_load, intake, tensor), params_dtype)
+            _add_placeholder(layer, tensor, _loader(self.prefix, intake, tensor), params_dtype)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        if layer.vptq_plan and not layer.vptq_intake.ready:
+        if layer.vptq_plan and layer.vptq_intake.untouched:
             return  # loaded before, and nothing new came
         layer.vptq_intake.require_ready()
         self._finish(layer)
@@ -103,6 +103,9 @@ class VPTQDequantizedLinearMethod(VPTQLinearMethod):
         weight = self.dequantize_weight(layer)
         for name in ("qweight", "codebooks", "norm", "columns", "dense"):
             delattr(layer, name)
+        if getattr(layer, "weight", None) is not None:
+            layer.weight.data.copy_(weight)
+            return
         layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
         layer.quant_method = UnquantizedLinearMethod()
         layer.quant_method.process_weights_after_loading(layer)
@@ -150,7 +153,7 @@ def find_sources(
         if spec is not None:
             spec = spec.with_shape(offset, layer.input_size, name)
         span = tuple(ids[first : first + count])
-        sources.append(Source(name, spec, pieces, columns, offset, shard_ids=(*span, span)))
+        sources.append(Source(name, spec, pieces, columns, (offset, layer.input_size), shard_ids=(*span, span)))
         first += count
     if first != len(partitions):
         raise VPTQFormatError(prefix, f"{len(partitions)} outputs for {len(modules)} modules of the checkpoint")
@@ -187,5 +190,11 @@ def _add_placeholder(layer: torch.nn.Module, tensor: str, loader: Any, dtype: to
     layer.register_parameter(leaf, parameter)
 
 
-def _load(intake: Intake, tensor: str, parameter: torch.nn.Parameter, value: Tensor, shard_id: Any = None) -> None:
-    intake.load(tensor, value, shard_id)
+def _loader(prefix: str, intake: Intake, tensor: str) -> Any:
+    def weight_loader(param: torch.nn.Parameter, loaded_weight: Tensor, shard_id: Any = None) -> None:
+        if param.is_meta:
+            # vLLM's layer-wise reload counts the elements a layer still needs, and ours are not known to it.
+            raise RuntimeError(f"{prefix}: vptq does not support layer-wise weight reload; start a new engine")
+        intake.load(tensor, loaded_weight, shard_id)
+
+    return weight_loader

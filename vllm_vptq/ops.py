@@ -89,7 +89,7 @@ def _linear(
             weight = dense[module.dense_offset : module.dense_offset + size].view(module.out_features, x.shape[-1])
             rows += tokens @ weight.to(tokens.dtype).T
             continue
-        scale, shift = _norm(module, norm, x.shape[-1])
+        scale, shift = _norm(module, norm, x.shape[-1], tokens.dtype)
         scaled = tokens * scale if scale is not None and module.norm_kind == NORM_COLUMNS else tokens
         for segment in module.segments:
             _accumulate(rows, scaled, segment, qweight, codebooks, columns)
@@ -113,7 +113,7 @@ def _accumulate(
     for lo in range(0, segment.vector_rows, step):
         tile = decode_tile(segment, qweight, codebooks, lo, min(lo + step, segment.vector_rows), tokens.dtype)
         # [R, tokens, v]: one small product per vector row spares the transposed copy of the tile.
-        part = torch.matmul(tokens, tile).transpose(0, 1).reshape(tokens.shape[0], -1)
+        part = torch.matmul(tokens, tile).transpose(0, 1).reshape(tokens.shape[0], tile.shape[0] * v)
         first = lo * v - segment.skip
         begin, end = max(first, 0), min(first + part.shape[1], rows.shape[1])
         rows[:, begin:end] += part[:, begin - first : end - first]
@@ -140,12 +140,14 @@ def _book(segment: SegmentPlan, codebooks: Tensor, *, residual: bool, dtype: tor
     return book[: book.numel() // segment.vector_len * segment.vector_len].view(-1, segment.vector_len).to(dtype)
 
 
-def _norm(module: ModulePlan, norm: Tensor | None, in_features: int) -> tuple[Tensor | None, Tensor | None]:
+def _norm(
+    module: ModulePlan, norm: Tensor | None, in_features: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
     if module.norm_kind == NORM_NONE:
         return None, None
     assert norm is not None
     size = in_features if module.norm_kind == NORM_COLUMNS else module.out_features
-    scale, shift = norm[module.norm_offset : module.norm_offset + 2 * size].split(size)
+    scale, shift = norm[module.norm_offset : module.norm_offset + 2 * size].to(dtype).split(size)
     return scale, shift
 
 

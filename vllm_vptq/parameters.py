@@ -116,7 +116,8 @@ def _cut_block(block: ColumnBlock, rows: Range, columns: Range, device: torch.de
         # The stream on disk is already this segment's: whole words of it.
         begin = start * bits // 32
         width = math.ceil(position.numel() * bits / 32)
-        words = block.stored[first:last, begin : begin + width].to(device)
+        # A copy even on the same device: a view would keep the whole stream alive.
+        words = block.stored[first:last, begin : begin + width].to(device, copy=True)
     else:
         words = _repack(block, first, last, position, device)
     whole = kept.numel() == columns[1] - columns[0]
@@ -149,14 +150,15 @@ def _repack(block: ColumnBlock, first: int, last: int, position: Tensor, device:
 class Source:
     """One checkpoint module that feeds a layer: ``pieces`` are the row ranges of it that this rank computes.
 
-    ``spec`` is None for a module that is not quantized. ``shard_ids`` are the names vLLM's loaders may give it.
+    ``shape`` is its whole ``(out_features, in_features)``. ``spec`` is None for a module that is not quantized.
+    ``shard_ids`` are the names vLLM's loaders may give it.
     """
 
     name: str
     spec: LayerSpec | None
     pieces: list[Range]
     columns: Range
-    out_features: int
+    shape: tuple[int, int]
     shard_ids: tuple[Any, ...] = ()
     shards: list[ModuleShard] = field(default_factory=list)
     staged: dict[str, Tensor] = field(default_factory=dict)
@@ -171,6 +173,7 @@ class Source:
         if tensor not in self.expected:
             allowed = ", ".join(sorted(self.expected))
             raise VPTQFormatError(self.name, f"unknown tensor {tensor}; its configuration expects {allowed}")
+        self.shards = []  # a tensor after the last one begins a new load, which must be as complete
         self.staged[tensor] = value
         if self.staged.keys() == self.expected:
             self.shards = self._cut(device)
@@ -186,8 +189,10 @@ class Source:
 
     def _cut_dense(self, rows: Range, device: torch.device) -> ModuleShard:
         weight = self.staged["weight"]
-        if weight.ndim != 2 or weight.shape[0] != self.out_features or weight.shape[1] < self.columns[1]:
-            raise VPTQFormatError(self.name, f"tensor weight has shape {list(weight.shape)}, which the model has not")
+        if tuple(weight.shape) != self.shape:
+            raise VPTQFormatError(
+                self.name, f"tensor weight has shape {list(weight.shape)}, expected {list(self.shape)}"
+            )
         dense = weight[slice(*rows), slice(*self.columns)].to(device, copy=True)
         return ModuleShard(dense.shape[0], dense.shape[1], dense=dense)
 
@@ -219,6 +224,11 @@ class Intake:
         """Whether every source has been cut."""
         return all(source.shards for source in self.sources)
 
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has come since the shards were last handed over."""
+        return not any(source.shards or source.staged for source in self.sources)
+
     def require_ready(self) -> None:
         """VPTQFormatError naming the first module and tensor that never came."""
         for source in self.sources:
@@ -230,7 +240,7 @@ class Intake:
         """Hands the shards over, in output order, and forgets them."""
         shards = [shard for source in self.sources for shard in source.shards]
         for source in self.sources:
-            source.shards = []
+            source.shards, source.staged = [], {}
         return shards
 
     def _source(self, shard_id: Any) -> Source:
