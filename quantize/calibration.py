@@ -14,7 +14,7 @@ from quantize.recipe import Recipe
 
 Progress = Callable[[int, int], None]
 
-_TOP_P = 0.95
+_MIN_P = 0.02
 
 
 def calibration_tokens(model: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Tensor:
@@ -83,14 +83,18 @@ def _self_written(model: Any, tokenizer: Any, count: int, recipe: Recipe, progre
 
 
 def _sample(model: Any, ids: Tensor, length: int, progress: Progress) -> Tensor:
-    """Continues ``ids [n, 1]`` to ``[n, length]`` by top-p sampling, past any end token: the length must be whole."""
-    from transformers import DynamicCache, TopPLogitsWarper
+    """Continues ``ids [n, 1]`` to ``[n, length]`` by sampling, past any end token: the length must be whole.
 
-    warp = TopPLogitsWarper(_TOP_P)
+    min-p (https://arxiv.org/abs/2407.01082) keeps the tail out and needs no sort of the vocabulary.
+    """
+    from transformers import DynamicCache
+
     cache, step = DynamicCache(config=model.config), ids
     for done in range(1, length):
         logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        step = torch.multinomial(torch.softmax(warp(ids, logits), dim=-1), 1)
+        chances = torch.softmax(logits, dim=-1)
+        chances *= chances >= _MIN_P * chances.amax(dim=-1, keepdim=True)
+        step = torch.multinomial(chances, 1)
         ids = torch.cat([ids, step], dim=1)
         progress((done + 1) * len(ids), length * len(ids))
     return ids

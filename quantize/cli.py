@@ -37,7 +37,7 @@ def run(
         typer.Option(help="Text file or datasets NAME[:CONFIG] [text the model writes itself]."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens [16384].")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence [512].")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence [256].")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same files [0].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
 ) -> None:

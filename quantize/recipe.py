@@ -82,7 +82,7 @@ class Recipe(LayerRecipe):
         None, description="a text file, a datasets name as NAME[:CONFIG], or nothing: text the model writes itself"
     )
     tokens: int = Field(16384, ge=1024, description="calibration tokens")
-    context: int = Field(512, ge=32, description="tokens in a calibration sequence")
+    context: int = Field(256, ge=32, description="tokens in a calibration sequence")
     damping: float = Field(0.01, gt=0, lt=1, description="added to the second moments, relative to their mean")
     iterations: int = Field(10, ge=1, description="rounds of k-means")
     candidates: int = Field(4, ge=1, description="main centroids tried with every residual one, for each vector")

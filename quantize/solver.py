@@ -99,7 +99,7 @@ def _train(vectors: Tensor, importance: Tensor, spec: LayerSpec, recipe: Recipe,
         recipe.candidates,
         generator,
     )
-    return Books(*(None if book is None else book.to(dtype).float() for book in (books.main, books.residual)))  # type: ignore[arg-type]
+    return Books(*(None if book is None else book.to(dtype).float() for book in (books.main, books.residual)))
 
 
 def _code_with_feedback(vectors: Tensor, factor: Tensor, books: Books, candidates: int) -> tuple[Tensor, Tensor | None]:
