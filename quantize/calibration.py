@@ -94,6 +94,8 @@ def _sample(model: Any, ids: Tensor, length: int, progress: Progress) -> Tensor:
         logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1].float()
         chances = torch.softmax(logits, dim=-1)
         chances *= chances >= _MIN_P * chances.amax(dim=-1, keepdim=True)
+        if not bool(torch.isfinite(chances).all()):
+            raise QuantizeError("the model's output is not finite, so it cannot write its calibration text")
         step = torch.multinomial(chances, 1)
         ids = torch.cat([ids, step], dim=1)
         progress((done + 1) * len(ids), length * len(ids))

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from quantize.errors import QuantizeError
 from quantize.recipe import Recipe
+from vllm_vptq.build import BuildError
 from vllm_vptq.format import VPTQFormatError
 
 app = typer.Typer(
@@ -67,8 +69,8 @@ def run(
     with Report(_console) as report:
         plan = quantize_model(model, out, Recipe.load(recipe, **options), report)
     seconds = time.perf_counter() - started
-    _console.print(f"[bold]{out}[/bold]: {plan.bits:.2f} effective bits a weight, {seconds:.0f} s. Serve it with:")
-    _console.print(f"  vllm serve {out}")
+    _console.print(f"{out}: {plan.bits:.2f} effective bits a weight, {seconds:.0f} s. Serve it with:", markup=False)
+    _console.print(f"  vllm serve {out}", markup=False)
 
 
 @app.command(name="eval")
@@ -77,8 +79,8 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="A text file, or wikitext2 [the language reference in Python's pydoc].")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    tokens: Annotated[int, typer.Option(help="Tokens of the text to use.")] = 40960,
+    context: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 1024,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to use.", min=2)] = 40960,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Prints the perplexity of each model, in float32, and its ratio to the first."""
@@ -109,15 +111,15 @@ def dequantize(
     if dtype not in kinds:
         raise QuantizeError(f"dtype {dtype}, expected one of {', '.join(kinds)}")
     write_dense(checkpoint, out, kinds[dtype])
-    _console.print(f"{out}")
+    _console.print(str(out), markup=False)
 
 
 def main() -> None:
     """Console script: mistakes the user can mend are one line on stderr and exit code 1."""
     try:
         app()
-    except (QuantizeError, VPTQFormatError) as error:
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {error}", soft_wrap=True)
+    except (QuantizeError, VPTQFormatError, BuildError) as error:
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from quantize.errors import QuantizeError
 from quantize.export import dense_tensors, read_config
-from vllm_vptq.format import VPTQFormatError, read_layer_specs
+from quantize.model import loading
+from vllm_vptq.format import VPTQFormatError, is_vptq_section
 
 
 def load_any(model: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
@@ -20,15 +21,14 @@ def load_any(model: str, device: torch.device, dtype: torch.dtype = torch.float3
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(model)
-    if not _is_vptq(folder):
-        try:
+    with loading(model):
+        config = AutoConfig.from_pretrained(model)
+        if not any(
+            is_vptq_section(getattr(config, key, None) or {}) for key in ("quantization_config", "quant_config")
+        ):
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise QuantizeError(f"cannot load model {model}: {(str(error).splitlines() or [''])[0]}") from error
-        return loaded.to(device).eval(), tokenizer
+            return loaded.to(device).eval(), AutoTokenizer.from_pretrained(model)
     _, specs = read_config(folder)
-    config = AutoConfig.from_pretrained(folder)
     for key in ("quantization_config", "quant_config"):
         if hasattr(config, key):
             delattr(config, key)
@@ -41,14 +41,6 @@ def load_any(model: str, device: torch.device, dtype: torch.dtype = torch.float3
         raise VPTQFormatError(str(folder), f"tensors do not fit the model: {', '.join([*lost, *unexpected][:3])}")
     loaded.tie_weights()
     return loaded.to(device).eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def _is_vptq(folder: Path) -> bool:
-    try:
-        read_layer_specs(read_config(folder)[0])
-    except (QuantizeError, VPTQFormatError):
-        return False
-    return True
 
 
 def evaluation_text(name: str | None) -> str:

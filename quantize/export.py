@@ -87,14 +87,17 @@ def read_config(folder: Path) -> tuple[dict[str, Any], LayerSpecs]:
     """A VPTQ checkpoint's config.json and layer specs."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise QuantizeError(f"{folder}: no readable config.json ({error})") from error
+    if not isinstance(config, dict):
+        raise QuantizeError(f"{folder}: config.json holds a {type(config).__name__}, expected a table")
     return config, read_layer_specs(config)
 
 
 def dense_tensors(folder: Path, specs: LayerSpecs, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the dense model that a VPTQ checkpoint stands for, modules dequantized into ``dtype``."""
     pending: dict[str, dict[str, Tensor]] = {}
+    missing = set(specs)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise QuantizeError(f"{folder}: no safetensors files")
@@ -110,12 +113,14 @@ def dense_tensors(folder: Path, specs: LayerSpecs, dtype: torch.dtype) -> Iterat
                     yield name, reader.get_tensor(name)
                 else:
                     pending.setdefault(module, {})[tensor] = reader.get_tensor(name)
+                    missing.discard(module)
         # A module lies in one file as we write them, but need not; what is complete is done with.
         for module in [m for m, tensors in pending.items() if _complete(tensors, specs[m])]:
             yield f"{module}.weight", _dequantized(module, pending.pop(module), specs[module], dtype)
     for module, tensors in pending.items():
         yield f"{module}.weight", _dequantized(module, tensors, specs[module], dtype)
-    # Modules none of whose tensors exist are the caller's to miss: it knows the model's names.
+    if missing:
+        raise VPTQFormatError(min(missing), "none of its tensors is in the checkpoint; indices is missing")
 
 
 def _owner(name: str, specs: LayerSpecs) -> tuple[str | None, str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from quantize.errors import QuantizeError
@@ -15,18 +17,26 @@ from quantize.errors import QuantizeError
 
 def load(model: str, device: torch.device) -> tuple[nn.Module, Any]:
     """A causal language model in its own dtype, and its tokenizer; QuantizeError if either can't be loaded."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with loading(model):
+        config = AutoConfig.from_pretrained(model)
+        if any(getattr(config, key, None) for key in ("quantization_config", "quant_config")):
+            raise QuantizeError(f"model {model} is quantized already; start from the original")
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", low_cpu_mem_usage=True)
-    except (OSError, ValueError) as error:
+    return loaded.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Turns what transformers and safetensors raise for a model that can't be loaded into one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [""])[0]
         where = "" if Path(model).exists() else " (no such directory, so it was looked up on the hub)"
         raise QuantizeError(f"cannot load model {model}{where}: {reason}") from error
-    if getattr(loaded.config, "quantization_config", None) is not None:
-        raise QuantizeError(f"model {model} is quantized already; start from the original")
-    return loaded.to(device).eval(), tokenizer
 
 
 @dataclass
@@ -60,13 +70,42 @@ class _Stop(Exception):
     """Ends a forward pass once everything of interest was seen."""
 
 
+@dataclass
+class Batch:
+    """A batch on its way through the blocks: its hidden states, and each block's keyword arguments by position."""
+
+    hidden: Tensor
+    arguments: list[dict]
+
+    def run(self, i: int, block: nn.Module) -> Tensor:
+        """Block i's output hidden states."""
+        output = block(self.hidden, **self.arguments[i])
+        return output[0] if isinstance(output, tuple) else output
+
+
 @torch.inference_mode()
-def first_inputs(model: nn.Module, blocks: list[Block], batches: list[Tensor]) -> tuple[list[Tensor], list[dict]]:
-    """What the first block receives for each batch, and the keyword arguments every block is called with.
+def first_inputs(model: nn.Module, blocks: list[Block], batches: list[Tensor]) -> list[Batch]:
+    """What the first block receives for each batch of token ids, and the keyword arguments of every block.
 
     Blocks may be called with different arguments (sliding and full attention masks), which depend on the batch's
-    shape alone: one whole pass over the first batch records them. All batches must have one shape.
+    shape alone: one whole pass for every shape records them.
     """
+    arguments = {ids.shape: _arguments(model, blocks, ids) for ids in {ids.shape: ids for ids in batches}.values()}
+    inputs: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    hook = blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True)
+    for ids in batches:
+        with contextlib.suppress(_Stop):
+            _decoder(model)(ids, use_cache=False)
+    hook.remove()
+    return [Batch(hidden, arguments[ids.shape]) for hidden, ids in zip(inputs, batches, strict=True)]
+
+
+def _arguments(model: nn.Module, blocks: list[Block], ids: Tensor) -> list[dict]:
     arguments: list[dict] = [{} for _ in blocks]
 
     def record(i: int, _: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -82,30 +121,12 @@ def first_inputs(model: nn.Module, blocks: list[Block], batches: list[Tensor]) -
         )
         for i, block in enumerate(blocks)
     ]
-    _decoder(model)(batches[0], use_cache=False)
+    _decoder(model)(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-
-    inputs: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs.append(args[0] if args else kwargs["hidden_states"])
-        raise _Stop
-
-    hook = blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True)
-    for batch in batches:
-        with contextlib.suppress(_Stop):
-            _decoder(model)(batch, use_cache=False)
-    hook.remove()
-    return inputs, arguments
+    return arguments
 
 
 def _decoder(model: nn.Module) -> nn.Module:
     """The model without its head, whose logits nobody needs here."""
     return getattr(model, getattr(model, "base_model_prefix", ""), model)
-
-
-def run_block(block: nn.Module, hidden: Tensor, arguments: dict) -> Tensor:
-    """A block's output hidden states."""
-    output = block(hidden, **arguments)
-    return output[0] if isinstance(output, tuple) else output

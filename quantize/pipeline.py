@@ -16,7 +16,7 @@ from quantize.calibration import calibration_tokens
 from quantize.errors import QuantizeError
 from quantize.export import Exporter
 from quantize.hessian import SecondMoment
-from quantize.model import Block, decoder_blocks, first_inputs, load, run_block
+from quantize.model import Batch, Block, decoder_blocks, first_inputs, load
 from quantize.recipe import Recipe
 from quantize.report import Report
 from quantize.solver import Solution, solve
@@ -75,21 +75,19 @@ def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Pl
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
     ids = calibration_tokens(model, tokenizer, recipe, report.progress)
     size = max(1, _BATCH_TOKENS // recipe.context)
-    # Batches of one shape: blocks are called with arguments recorded from the first.
-    batches = [batch.to(device) for batch in ids.split(size) if len(batch) == size]
-    hidden, arguments = first_inputs(model, blocks, batches)
+    batches = first_inputs(model, blocks, [part.to(device) for part in ids.split(size)])
 
     report.stage("quantizing")
     done = 0
-    for block, kwargs in zip(blocks, arguments, strict=True):
+    for i, block in enumerate(blocks):
         started = time.perf_counter()
-        moments = _collect(block, hidden, kwargs, plan)
+        moments = _collect(i, block, batches, plan)
         tensors: dict[str, Tensor] = {}
         for name, solution in _solve_block(block, moments, recipe):
             tensors |= {f"{name}.{key}": tensor for key, tensor in solution.tensors.items()}
             done += 1
             report.layer(name, solution.spec, solution.error, done, len(plan.specs))
-        hidden = _forward(block, hidden, kwargs)
+        _advance(i, block, batches)
         tensors |= {f"{block.name}.{k}": v for k, v in _dense_state(block, plan).items()}
         exporter.add_shard(tensors)
         report.block(block.name, time.perf_counter() - started)
@@ -108,7 +106,7 @@ def _device(recipe: Recipe) -> torch.device:
 
 
 @torch.inference_mode()
-def _collect(block: Block, hidden: list[Tensor], kwargs: dict, plan: Plan) -> dict[str, SecondMoment]:
+def _collect(i: int, block: Block, batches: list[Batch], plan: Plan) -> dict[str, SecondMoment]:
     """Second moments of the block's linears. Layers that receive the same tensor (q, k and v) share one."""
     moments: dict[str, SecondMoment] = {}
     latest: dict[str, Any] = {"input": None, "moment": None}
@@ -126,8 +124,8 @@ def _collect(block: Block, hidden: list[Tensor], kwargs: dict, plan: Plan) -> di
         for name, linear in block.linears.items()
         if name in plan.specs
     ]
-    for states in hidden:
-        run_block(block.module, states, kwargs)
+    for batch in batches:
+        batch.run(i, block.module)
     for hook in hooks:
         hook.remove()
     return moments
@@ -155,8 +153,10 @@ def _solve_block(block: Block, moments: dict[str, SecondMoment], recipe: Recipe)
 
 
 @torch.inference_mode()
-def _forward(block: Block, hidden: list[Tensor], kwargs: dict) -> list[Tensor]:
-    return [run_block(block.module, states, kwargs) for states in hidden]
+def _advance(i: int, block: Block, batches: list[Batch]) -> None:
+    """Takes the batches through the block, whose weights are the coded ones by now."""
+    for batch in batches:
+        batch.hidden = batch.run(i, block.module)
 
 
 def _dense_state(block: Block, plan: Plan) -> dict[str, Tensor]:

@@ -31,9 +31,15 @@ def _power_of_two(value: int) -> int:
     return value
 
 
+def _not_one(value: int) -> int:
+    if value == 1:
+        raise ValueError("a book of 1 centroid holds nothing; 0 is none")
+    return value
+
+
 Vector = Annotated[int, Field(ge=MIN_VECTOR, le=MAX_VECTOR)]
 Centroids = Annotated[int, Field(ge=2, le=MAX_CENTROIDS), AfterValidator(_power_of_two)]
-Residual = Annotated[int, Field(ge=0, le=MAX_CENTROIDS), AfterValidator(_power_of_two)]
+Residual = Annotated[int, Field(ge=0, le=MAX_CENTROIDS), AfterValidator(_power_of_two), AfterValidator(_not_one)]
 
 
 class _Strict(BaseModel):
@@ -66,7 +72,7 @@ class Rule(_Strict):
     """Changes for the modules whose full name matches a shell pattern; later rules win."""
 
     match: str = Field(description="shell pattern on the full module name, such as *.down_proj")
-    skip: bool = Field(False, description="leave the module dense")
+    skip: bool | None = Field(None, description="leave the module dense")
     vector_length: Vector | None = None
     centroids: Centroids | None = None
     residual_centroids: Residual | None = None
@@ -86,7 +92,7 @@ class Recipe(LayerRecipe):
     damping: float = Field(0.01, gt=0, lt=1, description="added to the second moments, relative to their mean")
     iterations: int = Field(10, ge=1, description="rounds of k-means")
     candidates: int = Field(4, ge=1, description="main centroids tried with every residual one, for each vector")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def layer(self, name: str) -> LayerRecipe | None:
@@ -95,7 +101,7 @@ class Recipe(LayerRecipe):
         skip = False
         for rule in self.rules:
             if fnmatchcase(name, rule.match):
-                skip = rule.skip
+                skip = skip if rule.skip is None else rule.skip
                 fields |= {k: v for k in fields if (v := getattr(rule, k)) is not None}
         return None if skip else LayerRecipe(**fields)
 
@@ -103,11 +109,11 @@ class Recipe(LayerRecipe):
     def load(cls, path: Path | None, **options: Any) -> Recipe:
         """Reads a YAML recipe; options that are not None win over it. QuantizeError names what is wrong."""
         try:
-            data = yaml.safe_load(path.read_text()) if path else {}
-        except (OSError, yaml.YAMLError) as error:
-            raise QuantizeError(f"recipe {path}: {error}") from error
-        if not isinstance(data, dict):
-            raise QuantizeError(f"recipe {path}: expected a table of options, found a {type(data).__name__}")
+            data = yaml.safe_load(path.read_text(encoding="utf8")) if path else {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise QuantizeError(f"recipe {path}: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+            raise QuantizeError(f"recipe {path}: expected a table of options by name, found {str(data)[:60]!r}")
         try:
             return cls(**(data | {k: v for k, v in options.items() if v is not None}))
         except ValidationError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_vptq.format import LayerSpec
@@ -37,8 +38,8 @@ class Report:
 
     def stage(self, name: str) -> None:
         """Begins a part of the run."""
-        self._bar.reset(self._task, description=name, total=None)
-        self.console.print(f"[bold]{name}")
+        self._bar.reset(self._task, description=escape(name), total=None)
+        self.console.print(name, style="bold", markup=False)
 
     def progress(self, done: int, total: int) -> None:
         """Moves the bar of the current stage."""
@@ -49,17 +50,18 @@ class Report:
         kinds = sorted({_kind(spec) for spec in specs.values()})
         self.console.print(
             f"{model}: {len(specs)} linear layers, {weights / 1e6:.1f}M weights as {', '.join(kinds)}, "
-            f"{bits:.2f} effective bits a weight ({weights * bits / 8 / 2**20:.1f} MiB)"
+            f"{bits:.2f} effective bits a weight ({weights * bits / 8 / 2**20:.1f} MiB)",
+            markup=False,
         )
 
     def layer(self, name: str, spec: LayerSpec, error: float, done: int, total: int) -> None:
         """A layer is coded, with this error relative to the weight, in the norm that its inputs give."""
         self.progress(done, total)
-        self.console.print(f"  {name:<44} {_kind(spec):<14} error {error:.2e}", style="dim")
+        self.console.print(f"  {name:<44} {_kind(spec):<14} error {error:.2e}", style="dim", markup=False)
 
     def block(self, name: str, seconds: float) -> None:
         """A block is written."""
-        self.console.print(f"{name} in {seconds:.1f} s")
+        self.console.print(f"{name} in {seconds:.1f} s", markup=False)
 
 
 def _kind(spec: LayerSpec) -> str:

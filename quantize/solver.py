@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.errors import QuantizeError
 from quantize.hessian import damp, inverse_factor
 from quantize.kmeans import Books, assign, call_native, native_books, train_books
 from quantize.recipe import LayerRecipe, Recipe
@@ -39,6 +40,8 @@ def solve(weight: Tensor, moment: Tensor, layer: LayerRecipe, recipe: Recipe, dt
     ``moment`` is ``H [in_features, in_features]``. The result depends on the arguments and the seed alone.
     """
     target = weight.float()
+    if not bool(torch.isfinite(target).all()):
+        raise QuantizeError("its weight holds NaN or infinite values")
     damped, dead = damp(moment, recipe.damping)
     spec = layer.spec(*target.shape)
     tensors: dict[str, Tensor] = {}

@@ -1,60 +1,15 @@
-"""Fixtures: real models that need no hub, and vLLM engines in processes of their own."""
+"""Fixtures for all files."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-MODELS = Path(os.environ.get("VLLM_VPTQ_TEST_MODELS", ROOT / ".cache" / "models"))
-
-
-def _fetch(name: str) -> Path:
-    spec = importlib.util.spec_from_file_location("fetch_model", ROOT / "scripts" / "fetch_model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.fetch(name, MODELS)
 
 
 @pytest.fixture(scope="session")
 def stories() -> Path:
     """stories15M, a real model of 15M float32 weights: 6 layers, 6 heads of 48, hidden 288, tied embedding."""
-    return _fetch("stories15m")
+    from tests.engines import fetch
 
-
-def run_vllm(model: Path, prompts: list[str], tmp_path: Path, **options) -> list[dict]:
-    """Greedy text from vLLM in a process of its own: token ids, their logprobs and the runner-up's, and text."""
-    options = {"max_model_len": 200, "max_tokens": 40, "enforce_eager": True, "dtype": "float32"} | options
-    job, out = tmp_path / "job.json", tmp_path / "out.json"
-    job.write_text(json.dumps({"model": str(model), "prompts": prompts, "options": options}))
-    out.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "vllm_worker.py"), str(job), str(out)],
-        env=os.environ | vllm_environment(options.get("tensor_parallel_size", 1)),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert out.exists(), f"vLLM failed:\n{done.stderr[-4000:]}"
-    return json.loads(out.read_text())
-
-
-def vllm_environment(tp: int = 1) -> dict[str, str]:
-    """For a small machine: little KV cache, and one core a rank where ranks are several."""
-    return {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind"
-        if tp == 1
-        else "|".join(str(rank % os.cpu_count()) for rank in range(tp)),
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(ROOT),
-    }
+    return fetch("stories15m")

@@ -1,4 +1,4 @@
-"""Generates with vLLM and writes what came out:   vllm_worker.py JOB.json OUT.json   (see conftest.run_vllm)."""
+"""Generates with vLLM and writes what came out:   vllm_worker.py JOB.json OUT.json   (see engines.run_vllm)."""
 
 import json
 import os

@@ -25,9 +25,13 @@ _FLAGS = (
 )
 
 
+class BuildError(RuntimeError):
+    """A native library that could not be built, and what to do about it."""
+
+
 @cache
 def cpu_library(name: str) -> ctypes.CDLL:
-    """The library built from ``csrc/cpu/NAME.cpp``; RuntimeError with the remedy if it cannot be built."""
+    """The library built from ``csrc/cpu/NAME.cpp``; BuildError with the remedy if it cannot be built."""
     source = _sources() / "cpu" / f"{name}.cpp"
     compiler = _compiler()
     target = _cache() / f"{name}-{_key(source, compiler)}.so"
@@ -47,7 +51,7 @@ def _compiler() -> str:
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and (found := shutil.which(name)):
             return found
-    raise RuntimeError("no C++ compiler found (tried $CXX, c++, g++, clang++); install one, for example g++")
+    raise BuildError("no C++ compiler found (tried $CXX, c++, g++, clang++); install one, for example g++")
 
 
 def _cache() -> Path:
@@ -81,7 +85,7 @@ def _compile(source: Path, compiler: str, target: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-            raise RuntimeError(f"{compiler} could not build {source.name}: {first}")
+            raise BuildError(f"{compiler} could not build {source.name}: {first}")
         partial.rename(target)
     finally:
         partial.unlink(missing_ok=True)

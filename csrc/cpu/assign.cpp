@@ -17,10 +17,10 @@ constexpr float kInfinity = std::numeric_limits<float>::max();
 
 // A book, transposed, padded to whole chunks, with half the squared norm of every centroid.
 struct Book {
-  int padded;
+  int count, padded;
   std::vector<float> columns, half_norm;
 
-  Book(const float* book, int count, int v) : padded((count + kChunk - 1) / kChunk * kChunk) {
+  Book(const float* book, int count, int v) : count(count), padded((count + kChunk - 1) / kChunk * kChunk) {
     columns.assign(static_cast<size_t>(padded) * v, 0.0f);
     half_norm.assign(padded, kInfinity);
     for (int c = 0; c < count; ++c) {
@@ -55,8 +55,8 @@ int best(const Book& book, const float* score, const float* chunk_min) {
   const int chunk = static_cast<int>(std::min_element(chunk_min, chunk_min + chunks) - chunk_min);
   const float* s = score + chunk * kChunk;
   int c = 0;
-  while (s[c] != chunk_min[chunk]) ++c;
-  return chunk * kChunk + c;
+  while (c < kChunk - 1 && s[c] != chunk_min[chunk]) ++c;
+  return std::min(chunk * kChunk + c, book.count - 1);  // bounds for points that are NaN, which equals nothing
 }
 
 void exclude(int c, float* score, float* chunk_min) {

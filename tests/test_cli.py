@@ -1,0 +1,101 @@
+"""The command line: three commands, their help, and one line for everything that is wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize import cli
+from tests.tiny import command, one_line, set_config
+
+pytest_plugins = ("tests.tiny_fixtures",)
+Call = tuple[int, str, str]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the console script in this process: exit code, stdout, stderr. An escaping exception fails the test."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run_main(*arguments: object) -> Call:
+        monkeypatch.setattr(sys, "argv", ["vptq-quantize", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_main
+
+
+SMALL = ("--vector-length", 8, "--centroids", 16, "--residual-centroids", 0, "--tokens", 2048, "--context", 64)
+
+
+def test_run_eval_and_dequantize(tied: Path, tmp_path: Path, call: Any) -> None:
+    code, out, _ = call("run", tied, "--out", tmp_path / "q", *SMALL)
+    assert code == 0 and "14 linear layers" in out and "v8-k16-0" in out and f"vllm serve {tmp_path / 'q'}" in out
+    assert call("dequantize", tmp_path / "q", "--out", tmp_path / "d", "--dtype", "float32")[0] == 0
+    code, out, _ = call("eval", tied, tmp_path / "q", tmp_path / "d", "--context", 64, "--tokens", 512)
+    assert code == 0
+    lines = [line for line in out.splitlines() if "x)" in line]
+    assert len(lines) == 3 and "1.000x" in lines[0] and lines[1] == lines[2] != lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["run", "eval", "dequantize"]),
+        (["run"], ["--out", "--recipe", "--vector-length", "--residual-centroids", "--tokens", "--seed"]),
+        (["eval"], ["--text", "--context", "--tokens"]),
+        (["dequantize"], ["--out", "--dtype"]),
+    ],
+    ids=["", "run", "eval", "dequantize"],
+)
+def test_help(words: list[str], expected: list[str], call: Any) -> None:
+    code, out, _ = call(*words, "--help")
+    assert code == 0 and all(word in out for word in expected)
+
+
+def test_one_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = command("dequantize", tmp_path, "--out", tmp_path / "x")
+    assert done.returncode == 1 and one_line(done.stderr).startswith("error: ") and not done.stdout
+
+
+def test_mistakes_are_one_line(tied: Path, fine: Path, tmp_path: Path, call: Any) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "bad.yaml").write_text("centroids: 100\n")
+    for match, *words in [
+        ("centroids", "run", tied, "--out", tmp_path / "1", "--centroids", 100),
+        ("centroids", "run", tied, "--out", tmp_path / "1", "--recipe", tmp_path / "bad.yaml"),
+        ("device", "run", tied, "--out", tmp_path / "1", "--device", "tpu"),
+        ("not empty", "run", tied, "--out", tied),
+        ("absent", "run", tmp_path / "absent", "--out", tmp_path / "2"),
+        ("short.txt", "run", tied, "--out", tmp_path / "3", *SMALL, "--calibration", tmp_path / "short.txt"),
+        ("absent", "eval", tmp_path / "absent"),
+        ("window of 64", "eval", tied, "--context", 64, "--text", tmp_path / "short.txt"),
+        ("absent.txt", "eval", tied, "--text", tmp_path / "absent.txt"),
+        ("dtype int4", "dequantize", fine, "--out", tmp_path / "4", "--dtype", "int4"),
+        ("config.json", "dequantize", tied, "--out", tmp_path / "5"),
+    ]:
+        code, _, err = call(*words)
+        assert code == 1 and one_line(err).startswith("error: ") and match in one_line(err), (words, code, err)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--context", 0), ("--context", 1), ("--context", -5), ("--tokens", 0)])
+def test_eval_refuses_windows_that_are_none(tied: Path, option: str, value: int, call: Any) -> None:
+    small = {"--context": 64, "--tokens": 256} | {option: value}
+    code, _, err = call("eval", tied, *(word for pair in small.items() for word in pair))
+    assert code != 0 and ("window" in err or option in err)
+
+
+def test_messages_keep_their_brackets(broken: Path, tmp_path: Path, call: Any) -> None:
+    set_config(broken, "vector_lens", 4)
+    code, _, err = call("dequantize", broken, "--out", tmp_path / "out")
+    assert code == 1 and one_line(err).endswith("expected [outlier, main]")
+    code, _, err = call("eval", tmp_path / "[/red]")
+    assert code == 1 and "[/red]" in one_line(err)
