@@ -46,7 +46,8 @@ def load_any(model: str, device: torch.device, dtype: torch.dtype = torch.float3
 def evaluation_text(name: str | None) -> str:
     """The text to evaluate on: a file, ``wikitext2``, or by default the language reference that ships with Python.
 
-    The default needs no network. wikitext2 is read through ``datasets`` and joined the way GPTQ's scripts do.
+    The default needs no network. wikitext2 is read through ``datasets``; it and WikiText's own file (``wiki.test.raw``)
+    are joined by blank lines, the way GPTQ's scripts and hence everybody's figures do.
     """
     if name is None:
         from pydoc_data.topics import topics
@@ -63,7 +64,10 @@ def evaluation_text(name: str | None) -> str:
     path = Path(name)
     if not path.is_file():
         raise QuantizeError(f"text {name} is no file")
-    return path.read_text(encoding="utf8", errors="replace")
+    text = path.read_text(encoding="utf8", errors="replace")
+    if path.name.startswith("wiki."):
+        return "\n\n".join(line + "\n" if line.strip() else "" for line in text.split("\n"))
+    return text
 
 
 @torch.inference_mode()

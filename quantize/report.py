@@ -52,6 +52,7 @@ class Report:
             f"{model}: {len(specs)} linear layers, {weights / 1e6:.1f}M weights as {', '.join(kinds)}, "
             f"{bits:.2f} effective bits a weight ({weights * bits / 8 / 2**20:.1f} MiB)",
             markup=False,
+            soft_wrap=True,
         )
 
     def layer(self, name: str, spec: LayerSpec, error: float, done: int, total: int) -> None:

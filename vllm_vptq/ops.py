@@ -21,11 +21,6 @@ _TILE = 1 << 20
 """Weights decoded at a time: keeps the decoded tile in cache and bounds the extra memory of a call."""
 
 _library = torch.library.Library("vllm_vptq", "FRAGMENT")
-if not hasattr(torch.ops.vllm_vptq, "linear"):
-    _library.define(
-        "linear(Tensor x, Tensor qweight, Tensor codebooks, Tensor? norm, Tensor? columns, Tensor? dense, "
-        "Tensor? bias, int[] plan) -> Tensor"
-    )
 
 
 def linear(
@@ -159,6 +154,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_library.impl("linear", _linear, "CPU")
-_library.impl("linear", _linear, "CUDA")
-torch.library.register_fake("vllm_vptq::linear", _fake, lib=_library)
+# An op can be defined once in a process, and a module be imported twice.
+if not hasattr(torch.ops.vllm_vptq, "linear"):
+    _library.define(
+        "linear(Tensor x, Tensor qweight, Tensor codebooks, Tensor? norm, Tensor? columns, Tensor? dense, "
+        "Tensor? bias, int[] plan) -> Tensor"
+    )
+    _library.impl("linear", _linear, "CPU")
+    _library.impl("linear", _linear, "CUDA")
+    torch.library.register_fake("vllm_vptq::linear", _fake, lib=_library)
