@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -116,6 +117,8 @@ def dequantize(
 
 def main() -> None:
     """Console script: mistakes the user can mend are one line on stderr and exit code 1."""
+    # Warnings meant for users of transformers' own API; set it yourself to see them.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except (QuantizeError, VPTQFormatError, BuildError) as error:

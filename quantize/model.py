@@ -31,6 +31,10 @@ def load(model: str, device: torch.device) -> tuple[nn.Module, Any]:
 @contextlib.contextmanager
 def loading(model: str) -> Iterator[None]:
     """Turns what transformers and safetensors raise for a model that can't be loaded into one line."""
+    from transformers.utils import logging
+
+    if Path(model).exists():
+        logging.disable_progress_bar()  # of reading local files, which takes a moment; downloads keep theirs
     try:
         yield
     except (OSError, ValueError, TypeError, SafetensorError) as error:
