@@ -65,6 +65,8 @@ def make_plan(blocks: list[Block], recipe: Recipe) -> Plan:
 def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Plan:
     """Quantizes a model and writes the checkpoint to ``out``; see ``Recipe`` for what can be chosen."""
     device = _device(recipe)
+    # On a GPU sums by index would otherwise depend on the order of atomic additions.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     exporter = Exporter(out)
     report.stage("loading the model")
     model, tokenizer = load(source, device)
