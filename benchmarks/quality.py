@@ -23,7 +23,7 @@ import torch
 
 from quantize.evaluate import evaluation_text, load_any, perplexity
 from quantize.export import read_config
-from vllm_vptq.format import effective_bits
+from quantize.pipeline import Plan
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT, TOKENS = 1024, 40960
@@ -43,14 +43,13 @@ def main() -> None:
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - started
         original, quantized = (measure(model, text) for model in (arguments.model, str(out)))
-        specs = list(read_config(out)[1].values())
+        plan = Plan(read_config(out)[1])
         recipe = json.loads((out / "vptq_recipe.json").read_text())
-    weights = sum(spec.shape[0] * spec.shape[1] for spec in specs)
     row = {
         "model": Path(arguments.model).name,
         "text": Path(arguments.text).name,
         "recipe": recipe | {"calibration": Path(c).name if (c := recipe.get("calibration")) else "self-written"},
-        "effective_bits": round(sum(effective_bits(s) * s.shape[0] * s.shape[1] for s in specs) / weights, 4),
+        "effective_bits": round(plan.bits, 4),
         "perplexity": round(quantized, 4),
         "original_perplexity": round(original, 4),
         "ratio": round(quantized / original, 4),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,18 +30,22 @@ _BATCH_TOKENS = 2048
 class Plan:
     """Which linear layers get which spec, known before any work is done."""
 
-    specs: dict[str, LayerSpec]
-    weights: int
+    specs: Mapping[str, LayerSpec]
+
+    @property
+    def weights(self) -> int:
+        """How many weights are quantized."""
+        return sum(math.prod(spec.shape) for spec in self.specs.values())
 
     @property
     def bits(self) -> float:
         """Effective bits of the quantized weights: indices, books, norms and permutations over their number."""
-        return sum(effective_bits(s) * s.shape[0] * s.shape[1] for s in self.specs.values()) / max(1, self.weights)
+        return sum(effective_bits(spec) * math.prod(spec.shape) for spec in self.specs.values()) / self.weights
 
 
 def make_plan(blocks: list[Block], recipe: Recipe) -> Plan:
     """The specs a recipe gives a model's linears; QuantizeError if it leaves none or makes one larger than dense."""
-    specs, weights = {}, 0
+    specs = {}
     for block in blocks:
         for name, linear in block.linears.items():
             layer = recipe.layer(name)
@@ -50,7 +55,6 @@ def make_plan(blocks: list[Block], recipe: Recipe) -> Plan:
             if cols > 1 << 16 and layer.perm:
                 raise QuantizeError(f"{name}: perm holds 16-bit columns and this layer has {cols}; set perm to false")
             specs[name] = layer.spec(out, cols)
-            weights += out * cols
     if not specs:
         raise QuantizeError("the recipe skips every linear layer; nothing to quantize")
     worst = max(specs, key=lambda name: effective_bits(specs[name]))
@@ -59,7 +63,7 @@ def make_plan(blocks: list[Block], recipe: Recipe) -> Plan:
             f"{worst}: {effective_bits(specs[worst]):.1f} bits a weight with its codebooks, no less than dense; "
             "use fewer centroids for layers this small"
         )
-    return Plan(specs, weights)
+    return Plan(specs)
 
 
 def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Plan:
@@ -122,7 +126,7 @@ def _collect(i: int, block: Block, batches: list[Batch], plan: Plan) -> dict[str
         moments[name] = latest["moment"]
 
     hooks = [
-        linear.register_forward_pre_hook(partial(_hook, record, name))
+        linear.register_forward_pre_hook(partial(record, name))
         for name, linear in block.linears.items()
         if name in plan.specs
     ]
@@ -131,10 +135,6 @@ def _collect(i: int, block: Block, batches: list[Batch], plan: Plan) -> dict[str
     for hook in hooks:
         hook.remove()
     return moments
-
-
-def _hook(record: Any, name: str, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-    record(name, linear, args)
 
 
 @torch.inference_mode()
