@@ -7,10 +7,10 @@ import itertools
 import torch
 from torch import Tensor
 
-from vllm_vptq import ops
 from vllm_vptq.layouts.compact import CompactLayout
 from vllm_vptq.layouts.plan import ABSENT, NORM_COLUMNS, NORM_NONE, decode
 from vllm_vptq.parameters import ModuleShard, Range, Segment
+from vllm_vptq.reference import decode_tile
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def _stream(words: list[int]) -> int:
 
 
 def layout_dense(layout: CompactLayout, in_features: int) -> list[Tensor]:
-    """The weight of every module of a layout in float64, through ``plan.decode`` and ``ops.decode_tile``."""
+    """The weight of every module of a layout in float64, through ``plan.decode`` and ``reference.decode_tile``."""
     weights, start = [], 0
     for module in decode(layout.plan):
         assert module.out_start == start
@@ -65,7 +65,7 @@ def layout_dense(layout: CompactLayout, in_features: int) -> list[Tensor]:
             continue
         weight = torch.zeros(module.out_features, in_features, dtype=torch.float64)
         for segment in module.segments:
-            tile = ops.decode_tile(segment, layout.qweight, layout.codebooks, 0, segment.vector_rows, torch.float64)
+            tile = decode_tile(segment, layout.qweight, layout.codebooks, 0, segment.vector_rows, torch.float64)
             rows = tile.transpose(1, 2).reshape(-1, segment.num_columns)
             columns: slice | Tensor = slice(None)
             if segment.column_offset != ABSENT:

@@ -263,16 +263,3 @@ def test_equal_layers_have_equal_plans():
     assert Layer(LAYERS["fused"], torch.float16, seed=1).layout.plan == (
         Layer(LAYERS["fused"], torch.float16, seed=2).layout.plan
     )
-
-
-@pytest.mark.parametrize("device", ["cuda", "xpu", "cpu"])
-@pytest.mark.parametrize("allowed", [None, "0", "1"])
-def test_the_slow_implementation_has_to_be_asked_for(device, allowed, monkeypatch):
-    monkeypatch.delenv(ops.ALLOW_REFERENCE, raising=False)
-    if allowed is not None:
-        monkeypatch.setenv(ops.ALLOW_REFERENCE, allowed)
-    if device == "cpu" or allowed == "1":
-        ops.require_kernel(torch.device(device))
-    else:
-        with pytest.raises(RuntimeError, match=f"{device}.*{ops.ALLOW_REFERENCE}=1"):
-            ops.require_kernel(torch.device(device))

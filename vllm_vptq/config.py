@@ -12,6 +12,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_vptq.compat import is_routed_experts
 from vllm_vptq.format import LayerSpec, LayerSpecs, VPTQFormatError, is_vptq_section, read_layer_specs
+from vllm_vptq.layouts import choice
 from vllm_vptq.linear import VPTQDequantizedLinearMethod, VPTQLinearMethod
 
 
@@ -22,6 +23,7 @@ class VPTQConfig(QuantizationConfig):
         super().__init__()
         self._specs = specs
         self._applied_mappers: list[Any] = []
+        self._resident = choice.Resident()
 
     @property
     def specs(self) -> LayerSpecs:
@@ -83,8 +85,8 @@ class VPTQConfig(QuantizationConfig):
                 return UnquantizedLinearMethod()
             if prefix.rpartition(".")[2] == "kv_b_proj":
                 # vLLM's MLA reads this layer's weight itself.
-                return VPTQDequantizedLinearMethod(prefix, modules)
-            return VPTQLinearMethod(prefix, modules)
+                return VPTQDequantizedLinearMethod(prefix, modules, self._resident)
+            return VPTQLinearMethod(prefix, modules, self._resident)
         if isinstance(layer, ParallelLMHead) and prefix in self.specs:
             raise VPTQFormatError(prefix, "a quantized lm_head is not supported; list it in modules_to_not_convert")
         if is_routed_experts(layer) and self._has_experts(prefix):

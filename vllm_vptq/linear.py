@@ -21,9 +21,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_vptq import ops
 from vllm_vptq.format import LayerSpec, VPTQFormatError
-from vllm_vptq.layouts import compact
+from vllm_vptq.layouts import choice
 from vllm_vptq.parameters import Intake, Range, Source
 
 Modules = list[tuple[str, LayerSpec | None]]
@@ -33,11 +32,14 @@ class VPTQLinearMethod(LinearMethodBase):
     """The linear method of one (possibly fused) layer.
 
     ``modules`` are the checkpoint modules behind it, in output order; a spec of None is a module left dense.
+    ``resident`` adds up what the layers of the model hold.
     """
 
-    def __init__(self, prefix: str, modules: Modules) -> None:
+    def __init__(self, prefix: str, modules: Modules, resident: choice.Resident) -> None:
         self.prefix = prefix
         self.modules = modules
+        self.resident = resident
+        resident.awaited += 1
 
     def create_weights(
         self,
@@ -52,60 +54,75 @@ class VPTQLinearMethod(LinearMethodBase):
         sources = find_sources(layer, self.prefix, self.modules, input_size_per_partition, output_partition_sizes)
         device = torch.get_default_device()
         layer.vptq_dtype = params_dtype
-        layer.vptq_plan = []
+        layer.vptq_layout = None
         intake = layer.vptq_intake = Intake(sources, device, on_ready=partial(self._reloaded, layer))
         for tensor in sorted(intake.tensor_names()):
             _add_placeholder(layer, tensor, _loader(self.prefix, intake, tensor), params_dtype)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        if layer.vptq_plan and layer.vptq_intake.untouched:
+        if layer.vptq_layout is not None and layer.vptq_intake.untouched:
             return  # loaded before, and nothing new came
         layer.vptq_intake.require_ready()
         self._finish(layer)
 
     def _reloaded(self, layer: torch.nn.Module) -> None:
         """All modules have come; a first load waits for vLLM's call, a later one goes straight into place."""
-        if layer.vptq_plan:
+        if layer.vptq_layout is not None:
             self._finish(layer)
 
     def _finish(self, layer: torch.nn.Module) -> None:
+        before = layer.vptq_layout
+        layout, tensors = self._lay_out(layer)
+        if before is not None:
+            self._replace(layer, before, layout, tensors)
+            return
+        self.resident.add(layout.name, layout.weights, tensors.values())
+        for name, tensor in tensors.items():
+            parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+            layer.register_parameter(name, parameter)
+
+    def _lay_out(self, layer: torch.nn.Module) -> tuple[choice.LayerLayout, dict[str, Tensor | None]]:
+        """Turns the shards into kernel tensors, in the layout the layer has if it was loaded before."""
         intake: Intake = layer.vptq_intake
-        ops.require_kernel(intake.device)
-        layout = compact.build(intake.release(), layer.vptq_dtype, intake.device)
-        if layer.vptq_plan and layer.vptq_plan != layout.plan:
+        kind = None if layer.vptq_layout is None else layer.vptq_layout.name
+        layer.vptq_layout, tensors = choice.build(self.prefix, intake.release(), layer.vptq_dtype, intake.device, kind)
+        return layer.vptq_layout, tensors
+
+    def _replace(
+        self,
+        layer: torch.nn.Module,
+        before: choice.LayerLayout,
+        layout: choice.LayerLayout,
+        tensors: dict[str, Tensor | None],
+    ) -> None:
+        """Puts reloaded weights where captured CUDA graphs read them."""
+        present = {name: getattr(layer, name) for name in tensors}
+        same = all(_shape(tensors[name]) == _shape(tensor) for name, tensor in present.items())
+        if layout != before or not same:
             raise VPTQFormatError(self.prefix, "the weights to reload have another layout; start a new engine")
-        layer.vptq_plan = layout.plan
-        for name, tensor in layout.tensors().items():
-            present = getattr(layer, name, None)
-            if present is not None and tensor is not None:
-                present.data.copy_(tensor)  # captured CUDA graphs read this memory
-            else:
-                parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
-                layer.register_parameter(name, parameter)
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                present[name].data.copy_(tensor)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return ops.linear(
-            x, layer.qweight, layer.codebooks, layer.norm, layer.columns, layer.dense, bias, layer.vptq_plan
-        )
+        layout: choice.LayerLayout = layer.vptq_layout
+        return layout.apply(x, bias, **{name: getattr(layer, name) for name in layout.tensor_names})
 
-    def dequantize_weight(self, layer: torch.nn.Module) -> Tensor:
-        """The rank's dense weight ``[out, in]`` in the activation dtype: the layer applied to the identity."""
-        (lo, hi) = layer.vptq_intake.sources[0].columns
-        identity = torch.eye(hi - lo, dtype=torch.float32, device=layer.qweight.device)
-        return self.apply(layer, identity).T.to(layer.vptq_dtype).contiguous()
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
 
 
 class VPTQDequantizedLinearMethod(VPTQLinearMethod):
     """For a layer whose weight vLLM reads itself (MLA's ``kv_b_proj``): dense from the end of loading on."""
 
     def _finish(self, layer: torch.nn.Module) -> None:
-        super()._finish(layer)
-        weight = self.dequantize_weight(layer)
-        for name in ("qweight", "codebooks", "norm", "columns", "dense"):
-            delattr(layer, name)
+        layout, tensors = self._lay_out(layer)
+        weight = layout.weight(**tensors).to(layer.vptq_dtype).contiguous()
         if getattr(layer, "weight", None) is not None:
             layer.weight.data.copy_(weight)
             return
+        self.resident.add("dequantized", layout.weights, [weight])
         layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
         layer.quant_method = UnquantizedLinearMethod()
         layer.quant_method.process_weights_after_loading(layer)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_vptq.layouts.flat import Flat
 from vllm_vptq.layouts.plan import (
     ABSENT,
     NORM_COLUMNS,
@@ -18,9 +19,6 @@ from vllm_vptq.layouts.plan import (
     encode,
 )
 from vllm_vptq.parameters import ModuleShard, Segment
-
-_ALIGN_BYTES = 16
-"""Streams and books start on 16 bytes, so that a kernel may load them in 16-byte accesses."""
 
 
 @dataclass(frozen=True)
@@ -44,43 +42,13 @@ class CompactLayout:
         return {name: getattr(self, name) for name in ("qweight", "codebooks", "norm", "columns", "dense")}
 
 
-class _Flat:
-    """Collects tensors for one flat tensor; the same storage twice is kept once."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.align = max(1, _ALIGN_BYTES // dtype.itemsize)
-        self.parts: list[Tensor] = []
-        self.size = 0
-        self._seen: dict[tuple[int, int], tuple[int, Tensor]] = {}
-
-    def add(self, tensor: Tensor) -> int:
-        """Appends a tensor and returns its offset in elements."""
-        key = (tensor.data_ptr(), tensor.numel())
-        if key not in self._seen:
-            pad = -self.size % self.align
-            if pad:
-                self.parts.append(torch.zeros(pad, dtype=self.dtype, device=tensor.device))
-            self.parts.append(tensor.to(self.dtype).flatten())
-            # The tensor is kept with its place, so that its address stays its own.
-            self._seen[key] = (self.size + pad, tensor)
-            self.size += pad + tensor.numel()
-        return self._seen[key][0]
-
-    def tensor(self, device: torch.device) -> Tensor:
-        return torch.cat(self.parts) if self.parts else torch.empty(0, dtype=self.dtype, device=device)
-
-    def optional(self) -> Tensor | None:
-        return torch.cat(self.parts) if self.parts else None
-
-
 def build(shards: Sequence[ModuleShard], dtype: torch.dtype, device: torch.device) -> CompactLayout:
     """Lays out the shards of a layer, whose outputs follow each other in the given order.
 
     ``dtype`` is that of the activations; books in another dtype are cast to it.
     """
-    words, books = _Flat(torch.int32), _Flat(dtype)
-    norm, columns, dense = _Flat(torch.float32), _Flat(torch.int32), _Flat(dtype)
+    words, books = Flat(torch.int32), Flat(dtype)
+    norm, columns, dense = Flat(torch.float32), Flat(torch.int32), Flat(dtype)
     modules, start = [], 0
     for shard in shards:
         kind, norm_offset = NORM_NONE, ABSENT
@@ -98,6 +66,9 @@ def build(shards: Sequence[ModuleShard], dtype: torch.dtype, device: torch.devic
             )
         )
         start += shard.out_features
+    if words.parts:
+        # Kernels read an index that may straddle two words as two words, the last one of all too.
+        words.add(torch.zeros(1, dtype=torch.int32, device=device))
     return CompactLayout(
         qweight=words.tensor(device),
         codebooks=books.tensor(device),

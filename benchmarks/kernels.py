@@ -1,0 +1,233 @@
+"""Times the CUDA kernels against cuBLAS on the linear layers of Llama-3.1-8B and 70B, fused as vLLM runs them.
+
+    python -m benchmarks.kernels                       # the whole table, some minutes
+    python -m benchmarks.kernels --formats v8-k65536 --shapes 8192x8192 --tokens 1 8
+    python -m benchmarks.kernels --crossover           # where decoding + cuBLAS overtakes looking up
+
+Every measurement is a CUDA graph of many calls that rotate among copies of the layer larger together than the L2
+cache, so weights come from memory, as in a model; the time of a call is that of the graph over the calls. The dense
+product is measured in the same way, in the same run. Medians of several replays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_vptq import gpu, reference
+from vllm_vptq.build import cuda_extension
+from vllm_vptq.layouts import choice, compact, stationary, streams
+from vllm_vptq.parameters import ModuleShard, Segment
+
+FORMATS = [
+    "v8-k65536", "v8-k65536-256", "v16-k65536-65536", "v8-k256-256", "v6-k4096", "v12-k4096-4096", "v8-k65536-65536",
+]  # fmt: skip
+SHAPES = {
+    "8B qkv": ([4096, 1024, 1024], 4096),
+    "8B o": ([4096], 4096),
+    "8B gate_up": ([14336, 14336], 4096),
+    "8B down": ([4096], 14336),
+    "70B qkv": ([8192, 1024, 1024], 8192),
+    "70B o": ([8192], 8192),
+    "70B gate_up": ([28672, 28672], 8192),
+    "70B down": ([8192], 28672),
+}
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 1024, 4096]
+COLD_BYTES = 200 << 20
+"""Weights that a graph rotates among: several times the L2 cache."""
+
+
+@dataclass
+class Layer:
+    """A layer in one layout; ``copies`` of its large tensors, that none is found in a cache."""
+
+    copies: list[dict[str, Tensor | None]]
+    plan: list[int]
+    bits: float
+
+    def __call__(self, x: Tensor, copy: int = 0) -> Tensor:
+        return gpu.lookup_linear(x, **self.copies[copy % len(self.copies)], bias=None, plan=self.plan)
+
+
+def random_shard(
+    v: int, k: int, r: int, out_features: int, in_features: int, dtype: torch.dtype, gen: torch.Generator
+) -> ModuleShard:
+    """A module with random books and indices, all equally likely, on the generator's device."""
+    device = gen.device
+    bits, res_bits, rows = int(math.log2(k)), int(math.log2(r)) if r else 0, -(-out_features // v)
+    words = -(-in_features * (bits + res_bits) // 32)
+    stream = torch.randint(-(1 << 31), 1 << 31, (rows, words), generator=gen, device=device, dtype=torch.int64)
+    book = (torch.randn(k, v, generator=gen, device=device) * 0.02).to(dtype)
+    residual = (torch.randn(r, v, generator=gen, device=device) * 0.005).to(dtype) if r else None
+    segment = Segment(v, bits, res_bits, in_features, 0, stream.to(torch.int32), None, book, residual)
+    return ModuleShard(out_features, in_features, (segment,))
+
+
+def build(shards: list[ModuleShard], dtype: torch.dtype, layout: str, direct_tokens: int | None = None) -> Layer:
+    """Lays shards out; ``direct_tokens`` overrules the measured crossover."""
+    device = torch.device("cuda")
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    direct = choice.crossover(device, layout) if direct_tokens is None else direct_tokens
+    made: stationary.StationaryLayout | streams.StreamsLayout
+    if layout == "stationary":
+        made = stationary.build(shards, dtype, device, processors, direct)
+    else:
+        made = streams.build(compact.build(shards, dtype, device), shards[0].in_features, processors, direct)
+    tensors = made.tensors()
+    size = sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
+    weights = sum(s.out_features for s in shards) * shards[0].in_features
+    copies = [tensors]
+    for _ in range(min(40, COLD_BYTES // size + 1)):
+        copies.append({name: None if t is None else t.clone() for name, t in tensors.items()})
+    return Layer(copies, made.plan, size * 8 / weights)
+
+
+def microseconds(call: Callable[[int], Tensor], copies: int, replays: int = 7) -> float:
+    """Time of one call of a CUDA graph that makes ``call(i)`` for many i; median of the replays."""
+    for i in range(2):
+        call(i)
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call(0)
+    end.record()
+    torch.cuda.synchronize()
+    # About 10 ms a replay, and every copy at least once.
+    calls = max(min(copies, 40), min(200, int(10 / max(begin.elapsed_time(end), 1e-2))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / calls)
+    return sorted(times)[len(times) // 2]
+
+
+def dense_microseconds(out_features: int, in_features: int, tokens: int, dtype: torch.dtype) -> float:
+    copies = max(2, COLD_BYTES // (out_features * in_features * 2) + 1)
+    weights = [(torch.randn(out_features, in_features, device="cuda") * 0.02).to(dtype) for _ in range(copies)]
+    x = torch.randn(tokens, in_features, device="cuda").to(dtype)
+    return microseconds(lambda i: torch.nn.functional.linear(x, weights[i % copies]), copies)
+
+
+def relative_error(layer: Layer, shards: list[ModuleShard], dtype: torch.dtype, tokens: int) -> float:
+    """Of the layer's outputs against the torch implementation in float64."""
+    x = torch.randn(tokens, shards[0].in_features, device="cuda").to(dtype)
+    exact_layout = compact.build([_in_float64(shard) for shard in shards], torch.float64, x.device)
+    exact = reference.linear(x.double(), *exact_layout.tensors().values(), None, exact_layout.plan)
+    return ((layer(x).double() - exact).norm() / exact.norm()).item()
+
+
+def _in_float64(shard: ModuleShard) -> ModuleShard:
+    def wide(segment: Segment) -> Segment:
+        residual = None if segment.res_book is None else segment.res_book.double()
+        return replace(segment, book=segment.book.double(), res_book=residual)
+
+    return replace(shard, segments=tuple(wide(segment) for segment in shard.segments))
+
+
+def parse_format(name: str) -> tuple[int, int, int]:
+    """``v8-k65536-256`` -> (8, 65536, 256)."""
+    match = re.fullmatch(r"v(\d+)-k(\d+)(?:-(\d+))?", name)
+    if match is None:
+        raise SystemExit(f"format {name}: expected for example v8-k65536-256")
+    return int(match[1]), int(match[2]), int(match[3] or 0)
+
+
+def parse_shape(name: str) -> tuple[list[int], int]:
+    """``8B qkv`` or ``8192x4096`` (out x in) -> outputs of the modules, inputs."""
+    if name in SHAPES:
+        return SHAPES[name]
+    out, _, inputs = name.partition("x")
+    return [int(out)], int(inputs)
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    dtype = getattr(torch, arguments.dtype)
+    gen = torch.Generator("cuda").manual_seed(0)
+    dense: dict[tuple[int, int, int], float] = {}
+    rows = []
+    print("format             layer        layout      bits tokens       us    dense      x   Tw/s    error")
+    for name in arguments.formats:
+        v, k, r = parse_format(name)
+        for shape in arguments.shapes:
+            outs, inputs = parse_shape(shape)
+            shards = [random_shard(v, k, r, out, inputs, dtype, gen) for out in outs]
+            for layout in arguments.layouts:
+                layer = build(shards, dtype, layout, arguments.direct)
+                for tokens in arguments.tokens:
+                    key = (sum(outs), inputs, tokens)
+                    if key not in dense:
+                        dense[key] = dense_microseconds(*key, dtype)
+                    x = torch.randn(tokens, inputs, device="cuda").to(dtype)
+                    us = microseconds(lambda i, x=x, layer=layer: layer(x, i), len(layer.copies))
+                    error = relative_error(layer, shards, dtype, min(tokens, 64)) if arguments.check else None
+                    row = dict(
+                        format=name, layer=shape, out_features=sum(outs), in_features=inputs, tokens=tokens,
+                        dtype=arguments.dtype, layout=layout, bits_per_weight=round(layer.bits, 3), us=round(us, 2),
+                        dense_us=round(dense[key], 2), speedup=round(dense[key] / us, 3),
+                        tera_weights_per_s=round(sum(outs) * inputs / us / 1e6, 3), relative_error=error,
+                    )  # fmt: skip
+                    rows.append(row)
+                    cells = f"{layer.bits:5.2f} {tokens:6} {us:8.1f} {dense[key]:8.1f} {row['speedup']:6.2f}"
+                    rate = row["tera_weights_per_s"]
+                    print(f"{name:18} {shape:12} {layout:10} {cells} {rate:6.2f} {error or 0:8.1e}", flush=True)
+                del layer
+            torch.cuda.empty_cache()
+    return rows
+
+
+def summarize(rows: list[dict[str, object]]) -> None:
+    """Geometric means over shapes."""
+    groups: dict[tuple[object, ...], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["format"], row["layout"], row["tokens"]), []).append(float(str(row["speedup"])))
+    print("\ngeometric mean over the layers, x dense")
+    tokens = sorted({int(str(row["tokens"])) for row in rows})
+    print(f"{'':29}" + "".join(f"{t:>7}" for t in tokens))
+    for name, layout in dict.fromkeys((row["format"], row["layout"]) for row in rows):
+        means = [groups.get((name, layout, t)) for t in tokens]
+        cells = "".join(f"{math.exp(sum(map(math.log, m)) / len(m)):7.2f}" if m else f"{'':7}" for m in means)
+        print(f"{name:18} {layout:10}{cells}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=FORMATS, metavar="vV-kK[-R]")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NAME|OUTxIN", help=f"{', '.join(SHAPES)}")
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--layouts", nargs="+", default=["stationary", "compact"], choices=["stationary", "compact"])
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
+    parser.add_argument("--direct", type=int, help="tokens up to which weights are looked up, not decoded")
+    parser.add_argument("--check", action="store_true", help="also measure the error against float64")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    cuda_extension()
+    rows = measure(arguments)
+    summarize(rows)
+    if arguments.out:
+        properties = torch.cuda.get_device_properties(0)
+        record = dict(
+            date=datetime.date.today().isoformat(), gpu=properties.name, processors=properties.multi_processor_count,
+            torch=torch.__version__, cuda=torch.version.cuda, rows=rows,
+        )  # fmt: skip
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

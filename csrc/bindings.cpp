@@ -1,0 +1,279 @@
+// The torch side: checks, memory, streams, and the choice by token count. The kernels know nothing of torch.
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "cuda/kernels.h"
+
+namespace vptq {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+constexpr int64_t kDecodedBytes = int64_t(1) << 27;  // of weights at a time, in products with many tokens
+
+Type type_of(const Tensor& x) {
+  TORCH_CHECK(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
+              "vllm-vptq's CUDA kernels take float16 or bfloat16 activations, not ", x.scalar_type());
+  return x.scalar_type() == at::kHalf ? Type::kHalf : Type::kBfloat16;
+}
+
+// A layer's plan, as vllm_vptq/layouts/work.py writes it.
+struct Plan {
+  int64_t stationary, out_features, in_features, shared_bytes, direct_tokens;
+  struct Variant {  // for calls of up to max_tokens; places in `work`; floats of workspace per token
+    int64_t max_tokens, stride, jobs_at, starts_at, thread_blocks, modules_at, parts_at;
+    std::vector<Module> modules;
+    std::vector<Part> parts;
+  };
+  struct Source {  // of one part's weights: jobs in `work`, or one job here
+    int64_t jobs_at = 0, count = 0;
+    Job job = {};
+  };
+  struct Dense {
+    int64_t out_begin, rows, offset;
+  };
+  std::vector<Variant> variants;
+  std::vector<Source> sources;
+  std::vector<Dense> dense;
+
+  explicit Plan(at::IntArrayRef numbers) : next_(numbers.begin()), end_(numbers.end()) {
+    for (int64_t* field : {&stationary, &out_features, &in_features, &shared_bytes, &direct_tokens}) *field = take();
+    variants.resize(take());
+    const int64_t modules = take(), parts = take();
+    for (auto& v : variants) {
+      for (int64_t* field :
+           {&v.max_tokens, &v.stride, &v.jobs_at, &v.starts_at, &v.thread_blocks, &v.modules_at, &v.parts_at})
+        *field = take();
+      v.modules.resize(modules);
+      for (auto& m : v.modules) fill(m);
+      v.parts.resize(parts);
+      for (auto& p : v.parts) fill(p);
+    }
+    sources.resize(parts);
+    for (auto& s : sources) {
+      if (stationary) {
+        s.jobs_at = take();
+        s.count = take();
+      } else {
+        fill(s.job);
+      }
+    }
+    dense.resize(take());
+    for (auto& d : dense) d = {take(), take(), take()};
+    TORCH_CHECK(next_ == end_, "a plan of another version of vllm-vptq");
+  }
+
+  const std::vector<Module>& modules() const { return variants.front().modules; }
+
+ private:
+  int64_t take() {
+    TORCH_CHECK(next_ != end_, "a plan of another version of vllm-vptq");
+    return *next_++;
+  }
+  template <typename T>
+  void fill(T& record) {
+    int32_t* words = reinterpret_cast<int32_t*>(&record);
+    for (size_t i = 0; i < sizeof(T) / 4; i++) words[i] = static_cast<int32_t>(take());
+  }
+  const int64_t *next_, *end_;
+};
+
+struct Call {
+  const Plan& plan;
+  const Tensor& x;  // [tokens, in]
+  const Tensor& work;
+  Type type;
+  Layer layer;
+  optional<Tensor> norm, dense, bias;
+  cudaStream_t stream;
+
+  const int32_t* at(int64_t offset) const { return work.const_data_ptr<int32_t>() + offset; }
+
+  void few(Tensor& y) const {
+    const int64_t step = plan.variants.back().max_tokens, tokens = x.size(0);
+    const size_t size = x.element_size();
+    Tensor workspace;
+    for (int64_t first = 0; first < tokens; first += step) {
+      const int count = static_cast<int>(std::min(step, tokens - first));
+      const auto& v = *std::find_if(plan.variants.begin(), plan.variants.end(),
+                                    [&](const Plan::Variant& variant) { return count <= variant.max_tokens; });
+      if (!workspace.defined() || workspace.numel() < count * v.stride)
+        workspace = at::empty({count * v.stride}, x.options().dtype(at::kFloat));
+      float* sums = workspace.mutable_data_ptr<float>();
+      const Tokens part{static_cast<const char*>(x.const_data_ptr()) + first * x.size(1) * size, x.size(1), count};
+      const Job* jobs = reinterpret_cast<const Job*>(at(v.jobs_at));
+      if (plan.stationary)
+        C10_CUDA_CHECK(multiply(type, layer, part, jobs, at(v.starts_at), v.thread_blocks, sums, v.stride,
+                                plan.shared_bytes, stream));
+      else
+        C10_CUDA_CHECK(multiply_compact(type, layer, part, jobs, v.thread_blocks, sums, v.stride, stream));
+      C10_CUDA_CHECK(finish(type, v.modules.data(), v.modules.size(), v.parts.data(), v.parts.size(),
+                            reinterpret_cast<const Module*>(at(v.modules_at)),
+                            reinterpret_cast<const Part*>(at(v.parts_at)), sums, v.stride, layer.norm,
+                            bias ? bias->const_data_ptr() : nullptr,
+                            static_cast<char*>(y.mutable_data_ptr()) + first * plan.out_features * size,
+                            plan.out_features, count, stream));
+    }
+  }
+
+  // Weights of some outputs of a module: [in, count] of a transposed buffer, or [count, in].
+  void decode_window(const Module& module, Tensor& weight, const Window& window) const {
+    for (int p = module.part_begin; p < module.part_end; p++) {
+      const Plan::Source& source = plan.sources[p];
+      const Part& part = plan.variants.front().parts[p];
+      if (!plan.stationary) {
+        if (part.plane == 0)
+          C10_CUDA_CHECK(decode_compact(type, layer, source.job, module, part, weight.mutable_data_ptr(),
+                                        weight.stride(0), window, stream));
+        continue;
+      }
+      const bool accumulate = part.adds, last = !part.added_to;
+      C10_CUDA_CHECK(decode(type, layer, reinterpret_cast<const Job*>(at(source.jobs_at)), source.count, module,
+                            part, weight.mutable_data_ptr(), weight.stride(0), window, accumulate, last,
+                            plan.shared_bytes, stream));
+    }
+  }
+
+  void many(Tensor& y) const {
+    for (const Module& module : plan.modules()) {
+      if (module.dense) continue;
+      const int outputs = module.out_end - module.out_begin;
+      int step = static_cast<int>(std::max<int64_t>(kDecodedBytes / 2 / plan.in_features / 128 * 128, 128));
+      step = std::min(step, outputs);
+      Tensor buffer = plan.stationary ? at::empty({plan.in_features, (step + 7) / 8 * 8}, x.options())
+                                      : at::empty({step, plan.in_features}, x.options());
+      for (int begin = 0; begin < outputs; begin += step) {
+        const Window window{begin, std::min(begin + step, outputs)};
+        decode_window(module, buffer, window);
+        const int count = window.end - window.begin;
+        const Tensor weight = plan.stationary ? buffer.narrow(1, 0, count) : buffer.narrow(0, 0, count).t();
+        product(y, module.out_begin + begin, count, weight);
+      }
+    }
+  }
+
+  void product(Tensor& y, int64_t first, int64_t count, const Tensor& weight) const {
+    Tensor out = y.narrow(1, first, count);
+    if (bias)
+      at::addmm_out(out, bias->narrow(0, first, count), x, weight);
+    else
+      at::mm_out(out, x, weight);
+  }
+
+  void dense_modules(Tensor& y) const {
+    for (const auto& d : plan.dense) {
+      TORCH_CHECK(dense, "the plan has a dense module, but there is no weight of it");
+      const Tensor weight = dense->narrow(0, d.offset, d.rows * plan.in_features).view({d.rows, plan.in_features});
+      product(y, d.out_begin, d.rows, weight.t());
+    }
+  }
+};
+
+Tensor lookup_linear(const Tensor& x, const Tensor& codes, const Tensor& books, const optional<Tensor>& norm,
+                     const optional<Tensor>& columns, const optional<Tensor>& dense, const optional<Tensor>& bias,
+                     const Tensor& work, at::IntArrayRef numbers) {
+  const Plan plan(numbers);
+  // Numbers as strings: where the compiler's C++ library is another than torch's, streaming them has crashed.
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == plan.in_features, "expected ", std::to_string(plan.in_features),
+              " input features, got ", std::to_string(x.dim() ? x.size(-1) : 0));
+  const Type type = type_of(x);
+  TORCH_CHECK(books.scalar_type() == x.scalar_type(), "activations are ", x.scalar_type(), ", but the layer was made for ",
+              books.scalar_type());
+  const c10::cuda::CUDAGuard guard(x.device());
+  auto shape = x.sizes().vec();
+  shape.back() = plan.out_features;
+  Tensor y = at::empty(shape, x.options());
+  if (y.numel() == 0) return y;
+  const Tensor rows = x.reshape({-1, plan.in_features}).contiguous();
+  Tensor out = y.view({-1, plan.out_features});
+  optional<Tensor> added;
+  if (bias) added = bias->to(x.scalar_type()).contiguous();
+  const Layer layer{codes.const_data_ptr<int32_t>(), books.const_data_ptr(), norm ? norm->const_data_ptr<float>() : nullptr,
+                    columns ? columns->const_data_ptr<int32_t>() : nullptr};
+  const Call call{plan, rows, work, type, layer, norm, dense, added, c10::cuda::getCurrentCUDAStream()};
+  if (rows.size(0) <= plan.direct_tokens)
+    call.few(out);
+  else
+    call.many(out);
+  call.dense_modules(out);
+  return y;
+}
+
+Tensor lookup_weight(const Tensor& codes, const Tensor& books, const optional<Tensor>& norm,
+                     const optional<Tensor>& columns, const optional<Tensor>& dense, const Tensor& work,
+                     at::IntArrayRef numbers) {
+  const Plan plan(numbers);
+  const Type type = type_of(books);
+  const c10::cuda::CUDAGuard guard(books.device());
+  const Layer layer{codes.const_data_ptr<int32_t>(), books.const_data_ptr(), norm ? norm->const_data_ptr<float>() : nullptr,
+                    columns ? columns->const_data_ptr<int32_t>() : nullptr};
+  const Call call{plan, books, work, type, layer, norm, dense, {}, c10::cuda::getCurrentCUDAStream()};
+  Tensor weight = at::empty({plan.out_features, plan.in_features}, books.options());
+  for (const Module& module : plan.modules()) {
+    if (module.dense) continue;
+    const int outputs = module.out_end - module.out_begin;
+    Tensor to = weight.narrow(0, module.out_begin, outputs);
+    if (plan.stationary) {
+      Tensor buffer = at::empty({plan.in_features, (outputs + 7) / 8 * 8}, books.options());
+      call.decode_window(module, buffer, {0, outputs});
+      to.copy_(buffer.narrow(1, 0, outputs).t());
+    } else {
+      call.decode_window(module, to, {0, outputs});
+    }
+  }
+  for (const auto& d : plan.dense)
+    weight.narrow(0, d.out_begin, d.rows)
+        .copy_(dense->narrow(0, d.offset, d.rows * plan.in_features).view({d.rows, plan.in_features}));
+  return weight;
+}
+
+Stream stream_of(const Tensor& words, int64_t columns, int64_t bits, int64_t shift, int64_t width) {
+  TORCH_CHECK(words.dim() == 2 && words.is_contiguous());
+  return {words.const_data_ptr<int32_t>(), int(words.size(0)), int(columns), int(words.size(1)), int(bits), int(shift),
+          int(width)};
+}
+
+// Both take words [rows, row_words] that are followed in memory by at least one more word.
+std::tuple<Tensor, Tensor> pack_sliced(const Tensor& words, int64_t columns, int64_t bits, int64_t shift, int64_t width,
+                                       int64_t slices, int64_t tiles) {
+  const c10::cuda::CUDAGuard guard(words.device());
+  const cudaStream_t cuda_stream = c10::cuda::getCurrentCUDAStream();
+  const Stream stream = stream_of(words, columns, bits, shift, width);
+  Tensor counts = at::empty({slices * words.size(0) * tiles}, words.options());
+  C10_CUDA_CHECK(count_entries(stream, slices, tiles, counts.mutable_data_ptr<int32_t>(), cuda_stream));
+  Tensor offsets = at::zeros({counts.size(0) + 1}, words.options());
+  offsets.narrow(0, 1, counts.size(0)).copy_(((counts + 31).bitwise_right_shift(5)).cumsum(0));
+  Tensor lists = at::empty({offsets[-1].item<int64_t>() * 32}, words.options());
+  C10_CUDA_CHECK(fill_lists(stream, slices, tiles, offsets.const_data_ptr<int32_t>(), lists.mutable_data_ptr<int32_t>(),
+                            cuda_stream));
+  return {lists, offsets};
+}
+
+Tensor pack_resident(const Tensor& words, int64_t columns, int64_t bits, int64_t shift, int64_t width,
+                     int64_t res_shift, int64_t res_width, int64_t kind, int64_t loads, int64_t book_rows,
+                     int64_t copies) {
+  const c10::cuda::CUDAGuard guard(words.device());
+  Tensor codes = at::empty({(words.size(0) + 1) / 2 * loads * 128}, words.options());
+  C10_CUDA_CHECK(fill_codes(Kind(kind), stream_of(words, columns, bits, shift, width),
+                            stream_of(words, columns, bits, res_shift, res_width), loads, book_rows, copies,
+                            codes.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream()));
+  return codes;
+}
+
+}  // namespace
+}  // namespace vptq
+
+TORCH_LIBRARY_IMPL(vllm_vptq, CUDA, m) {
+  m.impl("lookup_linear", vptq::lookup_linear);
+  m.impl("lookup_weight", vptq::lookup_weight);
+  m.impl("pack_sliced", vptq::pack_sliced);
+  m.impl("pack_resident", vptq::pack_resident);
+}

@@ -1,0 +1,115 @@
+// The C++ interface between the kernels and the torch binding: raw pointers, no torch, no templates.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace vptq {
+
+// How a job finds its weights: compact.cu, sliced.cuh, resident.cuh (codes of one byte for one book, of one byte for each
+// of two books, of two bytes); or that it has none and is the dot product of a norm.
+enum class Kind : int { kCompact = 0, kSliced = 1, kBytes = 2, kBytePairs = 3, kShorts = 4, kDot = 5 };
+
+// One thread block's piece of work, as vllm_vptq/layouts/work.py writes it: 24 int32.
+struct Job {
+  int kind;
+  int scale;        // of the module's column norm: offset in `norm`, or -1
+  int column_list;  // offset in `columns` of the segment's column list, or -1 if it covers the input
+  int column_begin, column_end;  // within the segment
+  int row_begin, row_end;        // vector rows; pairs of them for the resident kinds
+  int codes;       // offset in `codes` (int32) of the segment's first row
+  int row_words;   // words from one row (pair) to the next
+  int book;        // offset in `books`: elements for compact, 16-byte rows for the others
+  int book_rows;   // rows to hold in shared memory; compact: entries
+  int res_book;    // or -1
+  int res_rows;
+  int copies;      // images of the book in shared memory
+  int lists;       // sliced: offset in `codes` of the offsets of this slice's lists
+  int list_tiles;  // sliced: column tiles, i.e. lists per vector row
+  int out;         // where its sums go: offset in a token's row of the workspace
+  int vector_len, plane;  // compact: elements plane * 8 .. of every vector
+  int index_bits, res_bits;
+  int shift;       // dot: offset in `norm` of what to multiply by, or -1 for ones
+  int unused[2];
+};
+static_assert(sizeof(Job) == 96, "24 int32");
+
+// Sums that belong to the same outputs: `splits` rows of the workspace, `stride` apart.
+struct Part {
+  int out;
+  int splits, stride;
+  int vector_len, skip;
+  int plane;  // these sums are elements plane * 8 .. of every vector
+  int adds;   // decoding: its vectors are added to those of an earlier part, a residual to the main vectors
+  int added_to;
+};
+static_assert(sizeof(Part) == 32, "8 int32");
+
+struct Module {
+  int out_begin, out_end;
+  int part_begin, part_end;
+  int dot;    // offset in a token's row of the workspace of one number for all outputs, or -1
+  int scale;  // row norm: offset in `norm` of a factor per output, or -1
+  int shift;  // row norm: offset of what the dot product is multiplied by, or -1
+  int dense;  // outputs come from elsewhere: leave them
+};
+static_assert(sizeof(Module) == 32, "8 int32");
+
+enum class Type : int { kHalf = 0, kBfloat16 = 1 };
+
+struct Layer {
+  const int32_t* codes;
+  const void* books;
+  const float* norm;
+  const int32_t* columns;
+};
+
+struct Tokens {
+  const void* x;  // [count, row_stride]
+  int64_t row_stride;
+  int count;
+};
+
+// Sums into the workspace [tokens, stride] (float32). In a stationary layout, of up to 16 tokens; thread block i takes
+// jobs starts[i] to starts[i + 1]. In the compact layout, of up to 8 tokens; a thread block takes a job.
+cudaError_t multiply(Type type, const Layer&, const Tokens&, const Job* jobs, const int32_t* starts, int thread_blocks,
+                     float* workspace, int64_t stride, int shared_bytes, cudaStream_t);
+cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Job* jobs, int thread_blocks,
+                             float* workspace, int64_t stride, cudaStream_t);
+
+// y [tokens, out_features] of the sums: splits added in order, norm and bias applied, rounded once. The records are
+// taken from the host where they fit a kernel's arguments, else from the device.
+cudaError_t finish(Type type, const Module* modules, int module_count, const Part* parts, int part_count,
+                   const Module* device_modules, const Part* device_parts, const float* workspace, int64_t stride,
+                   const float* norm, const void* bias, void* y, int out_features, int tokens, cudaStream_t);
+
+// A bit stream of merged indices [rows, row_words] (see docs/format.md); one of its two parts: `width` bits at `shift`.
+struct Stream {
+  const int32_t* words;
+  int rows, columns, row_words;
+  int bits, shift, width;
+};
+
+// Entries of each list of the sliced layout, [slices, rows, tiles]; then the lists, from `offsets` (in groups of 32).
+cudaError_t count_entries(const Stream&, int slices, int tiles, int32_t* counts, cudaStream_t);
+cudaError_t fill_lists(const Stream&, int slices, int tiles, const int32_t* offsets, int32_t* lists, cudaStream_t);
+// Codes of a resident kind, [ceil(rows / 2), loads, 32, 4], for a book of book_rows entries in `copies` images.
+cudaError_t fill_codes(Kind kind, const Stream&, const Stream& residual, int loads, int book_rows, int copies,
+                       int32_t* codes, cudaStream_t);
+
+// Outputs of a module that are wanted: [begin, end).
+struct Window {
+  int begin, end;
+};
+
+// Weights [in, stride] of a stationary module, transposed, its outputs of `window` in the first columns: what `jobs`,
+// which all feed `part`, look up. `accumulate` adds to what is there; `last` applies the norm.
+cudaError_t decode(Type type, const Layer&, const Job* jobs, int job_count, const Module&, const Part&, void* weight,
+                   int64_t stride, const Window&, bool accumulate, bool last, int shared_bytes, cudaStream_t);
+
+// The same for a segment in the compact layout; weights [outputs, stride], not transposed.
+cudaError_t decode_compact(Type type, const Layer&, const Job&, const Module&, const Part&, void* weight,
+                           int64_t stride, const Window&, cudaStream_t);
+
+}  // namespace vptq

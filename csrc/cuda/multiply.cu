@@ -1,0 +1,92 @@
+// One launch for a fused layer: every block takes one job, whatever its kind.
+#include "resident.cuh"
+
+namespace vptq {
+namespace {
+
+// One number per token: the product with the shift of a norm, or the sum.
+template <typename T>
+__device__ void multiply_dot(const Layer& layer, const Tokens& tokens, const Job& job, float* workspace, int64_t stride,
+                             float* shared) {
+  wait_for_previous();
+  const T* x = static_cast<const T*>(tokens.x);
+  const float* shift = job.shift < 0 ? nullptr : layer.norm + job.shift;
+  for (int token = 0; token < tokens.count; token++) {
+    float sum = 0.f;
+    for (int c = job.column_begin + threadIdx.x; c < job.column_end; c += kThreads)
+      sum += Number<T>::wide(x[token * tokens.row_stride + c]) * (shift ? __ldg(shift + c) : 1.f);
+#pragma unroll
+    for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(kAllLanes, sum, o);
+    if (threadIdx.x % 32 == 0) shared[token % 2 * kWarps + threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      float total = 0.f;
+      for (int w = 0; w < kWarps; w++) total += shared[token % 2 * kWarps + w];
+      workspace[token * stride + job.out] = total;
+    }
+  }
+}
+
+template <typename T, int Octets>
+__global__ void __launch_bounds__(kThreads, 1)
+    multiply_kernel(const Layer layer, const Tokens tokens, const Job* __restrict__ jobs,
+                    const int32_t* __restrict__ starts, float* __restrict__ workspace, int64_t stride) {
+  extern __shared__ uint4 shared[];
+  __shared__ Job job;  // here rather than in registers, which the products need
+  __shared__ SliceCopy copy;
+  __shared__ Exchange exchange;
+  let_next_start();
+  const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
+  if (threadIdx.x == 0) {
+    copy.initialise();
+    exchange.initialise();
+  }
+  for (int j = first; j < last; j++) {
+    __syncthreads();
+    if (threadIdx.x < sizeof(Job) / 4)
+      reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0 && Kind(job.kind) != Kind::kSliced) copy.held = -1;
+    switch (Kind(job.kind)) {
+      case Kind::kSliced:
+        multiply_sliced<T, Octets>(layer, tokens, job, copy, workspace, stride, shared);
+        break;
+      case Kind::kBytes:
+        multiply_resident<T, Octets, Kind::kBytes>(layer, tokens, job, exchange, workspace, stride, shared);
+        break;
+      case Kind::kBytePairs:
+        multiply_resident<T, Octets, Kind::kBytePairs>(layer, tokens, job, exchange, workspace, stride, shared);
+        break;
+      case Kind::kShorts:
+        multiply_resident<T, Octets, Kind::kShorts>(layer, tokens, job, exchange, workspace, stride, shared);
+        break;
+      default:
+        multiply_dot<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(shared));
+    }
+  }
+}
+
+template <typename T, int Octets>
+cudaError_t run(const Layer& layer, const Tokens& tokens, const Job* jobs, const int32_t* starts, int thread_blocks,
+                float* workspace, int64_t stride, int shared_bytes, cudaStream_t stream) {
+  auto kernel = multiply_kernel<T, Octets>;
+  // Cheap, and the attribute belongs to the current device: setting it at every launch spares a table of devices.
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, dim3(thread_blocks), kThreads, shared_bytes, stream, true, layer, tokens, jobs, starts,
+                workspace, stride);
+}
+
+}  // namespace
+
+cudaError_t multiply(Type type, const Layer& layer, const Tokens& tokens, const Job* jobs, const int32_t* starts,
+                     int thread_blocks, float* workspace, int64_t stride, int shared_bytes, cudaStream_t stream) {
+  auto go = [&](auto run) {
+    return run(layer, tokens, jobs, starts, thread_blocks, workspace, stride, shared_bytes, stream);
+  };
+  if (tokens.count > 16) return cudaErrorInvalidValue;
+  if (type == Type::kHalf) return tokens.count <= 8 ? go(run<__half, 1>) : go(run<__half, 2>);
+  return tokens.count <= 8 ? go(run<__nv_bfloat16, 1>) : go(run<__nv_bfloat16, 2>);
+}
+
+}  // namespace vptq

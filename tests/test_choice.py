@@ -1,0 +1,174 @@
+"""Which layout and which implementation a layer gets; and how its work is cut."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.shards import CPU
+from tests.strategies import few, random_tensors
+from vllm_vptq import ops
+from vllm_vptq.build import BuildError
+from vllm_vptq.format import LayerSpec, dequantize
+from vllm_vptq.layouts import choice, compact, streams, work
+from vllm_vptq.layouts.work import Job, Kind, Unit
+from vllm_vptq.parameters import cut_module
+
+SPEC = LayerSpec(96, 40, 8, 256, 16)
+GPU = torch.device("cuda")
+KIB = 1024
+
+
+def shards(spec: LayerSpec = SPEC):
+    return [cut_module(random_tensors(spec, 0), spec, (0, spec.shape[0]), (0, spec.shape[1]))]
+
+
+def gpu(monkeypatch, shared_kib: int = 227, free: float = 0.9) -> None:
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_kib * KIB, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 1000), 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+
+
+def test_on_a_cpu():
+    layout, tensors = choice.build("layer", shards(), torch.float32, CPU)
+    assert (layout.name, layout.native) == ("compact", False)
+    x = torch.randn(3, 96)
+    weight = dequantize(random_tensors(SPEC, 0), SPEC)
+    torch.testing.assert_close(layout.apply(x, None, **tensors), x @ weight.T.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layout.weight(**tensors), weight.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_no_kernels_is_an_error_unless_the_slow_way_is_asked_for(device, monkeypatch):
+    def fail() -> None:
+        raise BuildError("no nvcc; install it")
+
+    monkeypatch.setattr(choice, "cuda_extension", fail)
+    monkeypatch.delenv(ops.ALLOW_REFERENCE, raising=False)
+    with pytest.raises(RuntimeError, match=rf"\Amodel\.q: .*no nvcc; install it.*{ops.ALLOW_REFERENCE}=1.*\Z"):
+        choice.build("model.q", shards(), torch.float16, torch.device(device))
+    monkeypatch.setenv(ops.ALLOW_REFERENCE, "1")
+    assert not choice._native("model.q", torch.float16)
+
+
+def test_float32_is_an_error_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(choice, "cuda_extension", lambda: None)
+    monkeypatch.delenv(ops.ALLOW_REFERENCE, raising=False)
+    with pytest.raises(RuntimeError, match=r"\Amodel\.q: .*float32; pass --dtype float16"):
+        choice.build("model.q", shards(), torch.float32, GPU)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shared", "free", "expected"),
+    [
+        (None, 227, 0.9, "stationary"),
+        ("auto", 227, 0.9, "stationary"),
+        ("auto", 227, 0.4, "compact"),
+        ("stationary", 227, 0.1, "stationary"),
+        ("compact", 227, 0.9, "compact"),
+        ("auto", 99, 0.9, "compact"),
+    ],
+)
+def test_choice_on_a_gpu(wanted, shared, free, expected, monkeypatch):
+    gpu(monkeypatch, shared, free)
+    monkeypatch.delenv(choice.LAYOUT, raising=False)
+    if wanted:
+        monkeypatch.setenv(choice.LAYOUT, wanted)
+    assert choice._choose(GPU) == expected
+
+
+def test_impossible_choices(monkeypatch):
+    gpu(monkeypatch, shared_kib=99)
+    monkeypatch.setenv(choice.LAYOUT, "stationary")
+    with pytest.raises(RuntimeError, match=r"needs 227 KiB .* has 99; use auto or compact"):
+        choice._choose(GPU)
+    monkeypatch.setenv(choice.LAYOUT, "fast")
+    with pytest.raises(ValueError, match="VLLM_VPTQ_LAYOUT=fast: choose one of auto, compact, stationary"):
+        choice._choose(GPU)
+
+
+def test_crossovers_are_numbers_for_every_layout():
+    for name, table in choice._crossovers().items():
+        assert set(table) == {"compact", "stationary"}, name
+        assert all(isinstance(tokens, int) and tokens > 0 for tokens in table.values())
+
+
+def test_resident_bytes_are_logged_with_the_last_layer(caplog):
+    resident = choice.Resident()
+    resident.awaited = 2
+    with caplog.at_level(logging.INFO, logger=choice.logger.name):
+        resident.add("stationary", 1 << 20, [torch.zeros(1 << 17, dtype=torch.int32), None])
+        assert not caplog.messages
+        resident.add("compact", 1 << 20, [torch.zeros(1 << 18, dtype=torch.uint8)])
+    assert caplog.messages == [
+        "VPTQ weights: 0.00 GiB in stationary layout (4.00 bits/weight), 0.00 GiB in compact layout (2.00 bits/weight)"
+    ]
+
+
+units = st.lists(
+    st.builds(
+        Unit,
+        job=st.builds(Job, kind=st.sampled_from([Kind.SLICED, Kind.BYTES])),
+        rows=st.integers(1, 300),
+        grain=st.sampled_from([1, 16]),
+        cost=st.floats(1, 1000),
+        fill=st.floats(0, 5000),
+        tile=st.floats(0, 1000),
+        held=st.one_of(st.none(), st.integers(0, 3)),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@few(200)
+@given(units=units, blocks=st.integers(1, 140))
+def test_cut_covers_every_row_once(units, blocks):
+    units = [Unit(**{**vars(unit), "job": Job(unit.job.kind, out=i)}) for i, unit in enumerate(units)]
+    pieces = work.cut(units, blocks)
+    assert len(pieces) <= blocks
+    jobs = [job for piece in pieces for job in piece]
+    assert [job.out for job in jobs] == sorted(job.out for job in jobs)
+    for i, unit in enumerate(units):
+        rows = [(job.row_begin, job.row_end) for job in jobs if job.out == i]
+        assert rows[0][0] == 0 and rows[-1][1] == unit.rows
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(rows))
+        assert all(lo < hi and lo % unit.grain == 0 for lo, hi in rows)
+
+
+def test_cut_is_balanced():
+    jobs = work.cut([Unit(Job(Kind.BYTES), rows=1000, grain=1, cost=10.0, fill=100.0)], 100)
+    assert len(jobs) == 100
+    assert {job.row_end - job.row_begin for (job,) in jobs} == {10}
+
+
+def test_jobs_of_the_compact_layout_cover_the_layer():
+    """Every vector row and column of every segment, once; sums of different jobs in different places."""
+    spec = LayerSpec(2500, 300, 12, 256, 16, group_num=2, enable_norm=True, enable_perm=True)
+    made = streams.build(compact.build(shards(spec), torch.float16, CPU), 2500, 132, 16)
+    words = made.work.view(-1).tolist()
+    count, at = made.plan[5 + 3 + 4], made.plan[5 + 3 + 2]
+    records = [words[at + 24 * i : at + 24 * i + 24] for i in range(count)]
+    names = list(vars(Job(0)))
+    covered = torch.zeros(2, 2, 25, 1250, dtype=torch.int32)  # codes, plane, row, column
+    places: set[tuple[int, int]] = set()
+    offsets = sorted({r[names.index("codes")] for r in records if r[0] == Kind.COMPACT})
+    for record in records:
+        job = dict(zip(names, record, strict=True))
+        if job["kind"] == Kind.DOT:
+            continue
+        rows, columns = (slice(job["row_begin"], job["row_end"]), slice(job["column_begin"], job["column_end"]))
+        covered[offsets.index(job["codes"]), job["plane"], rows, columns] += 1
+        for row in range(job["row_begin"], job["row_end"]):
+            place = (job["out"] + row * 8, job["column_begin"])
+            assert place not in places
+            places.add(place)
+    assert bool((covered == 1).all())

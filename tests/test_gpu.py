@@ -1,0 +1,247 @@
+"""The CUDA kernels, in both layouts, against float64. Skipped without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.strategies import random_tensors
+from vllm_vptq import gpu
+from vllm_vptq.format import LayerSpec, dequantize
+from vllm_vptq.layouts import compact, stationary, streams
+from vllm_vptq.parameters import ModuleShard, cut_module
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+LAYOUTS = ["compact", "stationary"]
+DTYPES = [torch.float16, torch.bfloat16]
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 16, 17, 40, 300]
+
+FORMATS = {
+    "v8-k65536": dict(vector_len=8, num_centroids=65536),
+    "v8-k65536-256": dict(vector_len=8, num_centroids=65536, num_res_centroids=256),
+    "v8-k65536-65536": dict(vector_len=8, num_centroids=65536, num_res_centroids=65536),
+    "v8-k65536-16": dict(vector_len=8, num_centroids=65536, num_res_centroids=16),
+    "v8-k32768-64": dict(vector_len=8, num_centroids=32768, num_res_centroids=64),
+    "v8-k256-256": dict(vector_len=8, num_centroids=256, num_res_centroids=256),
+    "v8-k4096": dict(vector_len=8, num_centroids=4096),
+    "v8-k2-8192": dict(vector_len=8, num_centroids=2, num_res_centroids=8192),
+    "v6-k4096": dict(vector_len=6, num_centroids=4096),
+    "v12-k4096-4096": dict(vector_len=12, num_centroids=4096, num_res_centroids=4096),
+    "v16-k65536-65536": dict(vector_len=16, num_centroids=65536, num_res_centroids=65536),
+    "v16-k16384-32": dict(vector_len=16, num_centroids=16384, num_res_centroids=32),
+    "v4-k16-8": dict(vector_len=4, num_centroids=16, num_res_centroids=8),
+    "v5-k1024": dict(vector_len=5, num_centroids=1024),
+    "v20-k512-4": dict(vector_len=20, num_centroids=512, num_res_centroids=4),
+}
+EXTRAS = {
+    "plain": {},
+    "column norm": dict(enable_norm=True, enable_perm=True),
+    "row norm": dict(enable_norm=True, norm_dim=1),
+    "groups": dict(group_num=3, enable_perm=True),
+    "outliers": dict(outlier_size=12, outlier_vector_len=4, num_outlier_centroids=700, enable_norm=True),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def extension():
+    from vllm_vptq.build import cuda_extension
+
+    cuda_extension()
+
+
+class Layer:
+    """A fused layer of the given modules (None: a dense one of 24 rows) and its weight in float64."""
+
+    def __init__(self, specs: list[LayerSpec | None], dtype: torch.dtype, layout: str, rows=None, columns=None) -> None:
+        device = torch.device("cuda")
+        shards, weights = [], []
+        for seed, spec in enumerate(specs):
+            if spec is None:
+                dense = torch.randn(24, shards[0].in_features).to(dtype)
+                shards.append(ModuleShard(24, shards[0].in_features, dense=dense.to(device)))
+                weights.append(dense.double())
+                continue
+            tensors = random_tensors(spec, seed, dtype)
+            span = rows or (0, spec.shape[0]), columns or (0, spec.shape[1])
+            shards.append(cut_module(tensors, spec, *span, device))
+            weights.append(dequantize(tensors, spec, torch.float64)[slice(*span[0]), slice(*span[1])])
+        self.dtype, self.weight = dtype, torch.cat(weights).to(device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.in_features = shards[0].in_features
+        if layout == "compact":
+            self.layout = streams.build(compact.build(shards, dtype, device), self.in_features, processors, 16)
+        else:
+            self.layout = stationary.build(shards, dtype, device, processors, 32)
+        self.bias = torch.randn(len(self.weight), device=device).to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return gpu.lookup_linear(x, **self.layout.tensors(), bias=self.bias, plan=self.layout.plan)
+
+    def tokens(self, count: int) -> Tensor:
+        gen = torch.Generator("cuda").manual_seed(count)
+        return torch.randn(count, self.in_features, generator=gen, device="cuda").to(self.dtype)
+
+    def check(self, x: Tensor) -> None:
+        """No further from the exact product than torch's product with the rounded weight."""
+        exact = x.double() @ self.weight.T + self.bias.double()
+        dense = torch.nn.functional.linear(x, self.weight.to(self.dtype), self.bias)
+        poison(exact.numel(), self.dtype)
+        y = self(x)
+        assert y.shape == exact.shape and y.dtype == self.dtype
+        error, theirs = rms(y.double() - exact), rms(dense.double() - exact)
+        slack = 1.3 if exact.numel() > 500 else 3  # of few numbers, one may round badly
+        assert error <= slack * theirs + 1e-12, (error, theirs, rms(exact))
+
+
+def poison(numel: int, dtype: torch.dtype) -> None:
+    """Leaves NaN in the memory that torch hands out next."""
+    for size in (numel, 1 << 20):
+        torch.full((size,), torch.nan, dtype=dtype, device="cuda")
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name, layout, extra):
+    for dtype in DTYPES:
+        extras = EXTRAS[extra]
+        in_features = 300 + extras.get("outlier_size", 0)
+        layer = Layer([LayerSpec(in_features, 117, **FORMATS[name], **extras)], dtype, layout)
+        for count in TOKENS:
+            layer.check(layer.tokens(count))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused(layout, dtype):
+    plain = LayerSpec(520, 96, **FORMATS["v8-k65536"])
+    normed = LayerSpec(520, 50, **FORMATS["v6-k4096"], **EXTRAS["column norm"])
+    rows = LayerSpec(520, 33, **FORMATS["v8-k256-256"], **EXTRAS["row norm"])
+    layer = Layer([plain, None, normed, rows], dtype, layout)
+    for count in TOKENS:
+        layer.check(layer.tokens(count))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-4096", "v6-k4096"])
+def test_shards(name, layout):
+    spec = LayerSpec(1024, 200, **FORMATS[name], **EXTRAS["column norm"])
+    for rows, columns in [((37, 149), (0, 1024)), ((0, 200), (256, 512)), ((100, 101), (0, 1024))]:
+        layer = Layer([spec], torch.float16, layout, rows, columns)
+        for count in (1, 7, 16, 100):
+            layer.check(layer.tokens(count))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 2), (9, 31), (2500, 33), (24, 9000), (8, 20000)], ids=str)
+def test_shapes(shape, layout):
+    """(out, in): tails of every kind, several tiles and spans of columns, one column, one row."""
+    for name in ("v8-k65536", "v8-k256-256", "v6-k4096", "v8-k65536-256"):
+        layer = Layer([LayerSpec(shape[1], shape[0], **FORMATS[name])], torch.float16, layout)
+        for count in (1, 8, 16, 33):
+            layer.check(layer.tokens(count))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-4096"])
+def test_deterministic_and_rows_alone(name, layout):
+    layer = Layer([LayerSpec(4500, 264, **FORMATS[name])], torch.float16, layout)
+    for count in (1, 8, 16, 64):
+        x = layer.tokens(count)
+        y = layer(x)
+        for _ in range(5):
+            assert torch.equal(layer(x), y)
+        alone = torch.cat([layer(row[None]) for row in x])
+        # Another order of sums: two roundings of the result apart at most, with room for cancellation.
+        scale = y.double().abs().mean()
+        assert ((alone.double() - y.double()).abs().max() / scale).item() < 0.02
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_input_shapes(layout):
+    layer = Layer([LayerSpec(256, 48, **FORMATS["v8-k256-256"])], torch.float16, layout)
+    x = layer.tokens(24)
+    y = layer(x)
+    assert torch.equal(layer(x.view(2, 3, 4, 256)), y.view(2, 3, 4, 48))
+    assert layer(x[:0]).shape == (0, 48)
+    wide = torch.cat([x, x], 1)
+    assert torch.equal(layer(wide[:, 256:]), y)
+    assert torch.equal(layer(x.T.contiguous().T), y)
+    with pytest.raises(RuntimeError, match="256 input features"):
+        layer(x[:, :8])
+    with pytest.raises(RuntimeError, match="float16 or bfloat16"):
+        layer(x.float())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cuda_graph(layout):
+    layer = Layer([LayerSpec(600, 96, **FORMATS["v8-k65536-256"])], torch.float16, layout)
+    for count in (1, 16, 50):
+        x = layer.tokens(count)
+        expected = layer(x)
+        static, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
+        layer(static)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = layer(static)
+        for _ in range(3):
+            static.copy_(x)
+            graph.replay()
+            assert torch.equal(y, expected)
+            static.copy_(2 * x)
+            graph.replay()
+            assert not torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_and_compile(layout):
+    layer = Layer([LayerSpec(256, 48, **FORMATS["v8-k256-256"])], torch.float16, layout)
+    x = layer.tokens(5)
+    t = layer.layout.tensors()
+    arguments = (
+        x,
+        t["codes"],
+        t["books"],
+        t["norm"],
+        t["columns"],
+        t["dense"],
+        layer.bias,
+        t["work"],
+        layer.layout.plan,
+    )
+    torch.library.opcheck(torch.ops.vllm_vptq.lookup_linear.default, arguments)
+    compiled = torch.compile(layer.__call__, fullgraph=True, dynamic=True)
+    for count in (5, 33):
+        x = layer.tokens(count)
+        assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_weight(name, layout):
+    spec = LayerSpec(300, 117, **FORMATS[name], enable_norm=True)
+    layer = Layer([spec, spec], torch.float16, layout)
+    weight = gpu.lookup_weight(**layer.layout.tensors(), plan=layer.layout.plan)
+    torch.testing.assert_close(weight.double(), layer.weight, rtol=2e-3, atol=2e-3)
+
+
+def test_packing_is_quick():
+    """8192 x 28672, the largest linear of Llama-3.1-70B, in under a second."""
+    gen = torch.Generator("cuda").manual_seed(0)
+    from benchmarks.kernels import random_shard
+
+    shard = random_shard(8, 65536, 256, 8192, 28672, torch.float16, gen)
+    stationary.build([shard], torch.float16, torch.device("cuda"), 132, 32)
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    stationary.build([shard], torch.float16, torch.device("cuda"), 132, 32)
+    end.record()
+    torch.cuda.synchronize()
+    assert begin.elapsed_time(end) < 1000

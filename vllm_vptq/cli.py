@@ -1,0 +1,108 @@
+"""The command line of serving: ``vllm-vptq doctor``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from vllm_vptq.build import BuildError
+from vllm_vptq.doctor.fact import Report
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serves VPTQ models (vector post-training quantization, 1.6 to 4 bits a weight) with vLLM.",
+)
+_MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}
+
+
+@app.callback()
+def group() -> None:
+    """Makes ``doctor`` a command of its own even while it is the only one."""
+
+
+@app.command()
+def doctor(
+    build: Annotated[bool, typer.Option("--build", help="Build the native libraries that are missing, now.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+) -> None:
+    """Tells what would serve a VPTQ model on this machine, what is missing, and how to get it.
+
+    Exit code 0 if something here can serve with native kernels, 1 if not.
+
+    Kernels get built in one of two ways. When installing, where torch with CUDA and nvcc are at hand: pip install
+    --no-build-isolation . Or at first use, for the GPUs present, into a cache: start with --build, and the first model
+    does not wait for the compiler. Examples:
+
+        vllm-vptq doctor
+
+        vllm-vptq doctor --build
+
+        vllm-vptq doctor --json | jq .verdicts
+    """
+    from vllm_vptq.doctor import examine
+
+    if build:
+        _build()
+    report = examine()
+    if as_json:
+        # Not the console's: it wraps lines.
+        typer.echo(json.dumps({**dataclasses.asdict(report), "serves": report.serves}, indent=2, ensure_ascii=False))
+    else:
+        _print(report)
+    raise typer.Exit(0 if report.serves else 1)
+
+
+def _build() -> None:
+    from vllm_vptq.doctor import machine, native
+
+    # On stderr, to leave stdout to the report.
+    console = Console(stderr=True, highlight=False)
+    for name, job in native.to_build(with_gpu=bool(machine.gpus())):
+        started = time.perf_counter()
+        with console.status(f"building {name}"):
+            job()
+        console.print(f"built {name} in {time.perf_counter() - started:.0f} s")
+
+
+def _print(report: Report) -> None:
+    console = Console(highlight=False)
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for fact in report.facts:
+        table.add_row(Text(*_MARKS[fact.fine]), fact.name, _with_remedies(fact.value, (fact.remedy,)))
+    table.add_row()
+    for verdict in report.verdicts:
+        mark, device = Text(*_MARKS[verdict.serves]), Text(verdict.device, "bold")
+        table.add_row(mark, device, _with_remedies(verdict.text, verdict.remedies))
+    console.print(table)
+
+
+def _with_remedies(text: str, remedies: tuple[str, ...]) -> Text:
+    """Not markup: paths and names of extras hold brackets."""
+    return Text("\n").join([Text(text), *(Text(f"→ {remedy}", "yellow") for remedy in remedies if remedy)])
+
+
+def main() -> None:
+    """Console script: mistakes the user can mend are one line on stderr and exit code 1."""
+    try:
+        app()
+    except BuildError as error:
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Which layout a layer gets, and which op then serves it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_vptq import gpu, ops
+from vllm_vptq.build import BuildError, cuda_extension
+from vllm_vptq.layouts import compact, stationary, streams
+from vllm_vptq.parameters import ModuleShard
+
+logger = logging.getLogger("vllm." + __name__)  # vLLM's handler shows it
+
+LAYOUT = "VLLM_VPTQ_LAYOUT"
+CHOICES = ("auto", "compact", "stationary")
+STATIONARY_SHARED_BYTES = 227 * 1024
+"""Shared memory that a thread block must be able to have: Hopper's and Blackwell's server cards."""
+FREE_SHARE = 0.5
+"""``auto`` stays with compact layouts once less than this share of the GPU's memory is free."""
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """How a layer is laid out, without its tensors, which are parameters of the layer."""
+
+    name: str
+    native: bool
+    plan: tuple[int, ...]
+    in_features: int
+    weights: int
+    tensor_names: tuple[str, ...]
+
+    def apply(self, x: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> Tensor:
+        """``y [..., out_features]`` of ``x [..., in_features]``, by the one op of the layer."""
+        if self.native:
+            return gpu.lookup_linear(x, **tensors, bias=bias, plan=self.plan)
+        return ops.linear(x, **tensors, bias=bias, plan=self.plan)
+
+    def weight(self, **tensors: Tensor | None) -> Tensor:
+        """The dense weight ``[out_features, in_features]``."""
+        if self.native:
+            return gpu.lookup_weight(**tensors, plan=self.plan)
+        device = next(t.device for t in tensors.values() if t is not None)
+        return self.apply(torch.eye(self.in_features, device=device), None, **tensors).T
+
+
+def build(
+    name: str, shards: Sequence[ModuleShard], dtype: torch.dtype, device: torch.device, layout: str | None = None
+) -> tuple[LayerLayout, dict[str, Tensor | None]]:
+    """Lays out the shards of layer ``name`` as ``layout``, or as the user or, by default, the GPU decides.
+
+    RuntimeError with the remedy if only a slow way would be left that nobody asked for.
+    """
+    in_features = shards[0].in_features
+    native = device.type != "cpu" and _native(name, dtype)
+    if not native:
+        made: Any = compact.build(shards, dtype, device)
+        kind = "compact"
+    else:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        kind = layout or _choose(device)
+        direct_tokens = crossover(device, kind)
+        if kind == "stationary":
+            made = stationary.build(shards, dtype, device, processors, direct_tokens)
+        else:
+            made = streams.build(compact.build(shards, dtype, device), in_features, processors, direct_tokens)
+    tensors: dict[str, Tensor | None] = made.tensors()
+    weights = sum(shard.out_features for shard in shards) * in_features
+    return LayerLayout(kind, native, tuple(made.plan), in_features, weights, tuple(tensors)), tensors
+
+
+class Resident:
+    """What the quantized layers of a model hold, by layout; logged when the last of them has been laid out."""
+
+    def __init__(self) -> None:
+        self.awaited = 0
+        self.weights: dict[str, int] = {}
+        self.nbytes: dict[str, int] = {}
+
+    def add(self, kind: str, weights: int, tensors: Iterable[Tensor | None]) -> None:
+        """Counts a layer of ``weights`` weights that has been laid out."""
+        size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        self.weights[kind] = self.weights.get(kind, 0) + weights
+        self.nbytes[kind] = self.nbytes.get(kind, 0) + size
+        self.awaited -= 1
+        if not self.awaited:
+            logger.info("VPTQ weights: %s", self)
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{self.nbytes[kind] / 2**30:.2f} GiB in {kind} layout ({self.nbytes[kind] * 8 / weights:.2f} bits/weight)"
+            for kind, weights in self.weights.items()
+        )
+
+
+def chosen() -> str:
+    """The user's choice of a layout; ValueError if it is none."""
+    choice = os.environ.get(LAYOUT, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{LAYOUT}={choice}: choose one of {', '.join(CHOICES)}")
+    return choice
+
+
+def crossover(device: torch.device, layout: str) -> int:
+    """The most tokens for which looking weights up beats decoding them and a dense product: measured, see the file."""
+    table = _crossovers()
+    major, minor = torch.cuda.get_device_capability(device)
+    return int((table.get(f"{major}.{minor}") or table["default"])[layout])
+
+
+@cache
+def _crossovers() -> dict[str, Any]:
+    return dict(json.loads(resources.files("vllm_vptq.layouts").joinpath("crossovers.json").read_text()))
+
+
+def _native(name: str, dtype: torch.dtype) -> bool:
+    """Whether the CUDA kernels serve; False only where the user asked for the torch implementation by name."""
+    problem = None
+    if dtype not in (torch.float16, torch.bfloat16):
+        problem = f"the CUDA kernels compute in float16 or bfloat16, not {dtype}; pass --dtype float16"
+    else:
+        try:
+            cuda_extension()
+        except BuildError as error:
+            problem = f"no CUDA kernels: {error}"
+    if problem is None:
+        return True
+    if os.environ.get(ops.ALLOW_REFERENCE) == "1":
+        return False
+    raise RuntimeError(f"{name}: {problem} (or set {ops.ALLOW_REFERENCE}=1 to run the slow torch implementation)")
+
+
+def _choose(device: torch.device) -> str:
+    choice = chosen()
+    if choice == "compact":
+        return "compact"
+    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if available < STATIONARY_SHARED_BYTES:
+        if choice == "stationary":
+            raise RuntimeError(
+                f"{LAYOUT}=stationary needs {STATIONARY_SHARED_BYTES // 1024} KiB of shared memory per block, this GPU "
+                f"has {available // 1024}; use auto or compact"
+            )
+        return "compact"
+    if choice == "stationary":
+        return "stationary"
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return "stationary" if free > FREE_SHARE * total else "compact"

@@ -1,0 +1,227 @@
+"""What the CUDA kernels are told about a layer: records that mirror csrc/cuda/kernels.h, and the plan of the op.
+
+A layer's work is cut into *jobs*, a thread block's pieces, listed in one int32 tensor on the device (``work``). The
+plan, an ``int[]`` argument of the op, says where in it things lie and holds what the host itself must know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+ABSENT = -1
+
+
+class Kind(IntEnum):
+    """How a job finds its weights; see csrc/cuda/kernels.h."""
+
+    COMPACT, SLICED, BYTES, BYTE_PAIRS, SHORTS, DOT = range(6)
+
+
+@dataclass
+class Job:
+    """A thread block's piece of work: the fields of ``vptq::Job``, in its order."""
+
+    kind: int
+    scale: int = ABSENT
+    column_list: int = ABSENT
+    column_begin: int = 0
+    column_end: int = 0
+    row_begin: int = 0
+    row_end: int = 0
+    codes: int = 0
+    row_words: int = 0
+    book: int = 0
+    book_rows: int = 0
+    res_book: int = ABSENT
+    res_rows: int = 0
+    copies: int = 1
+    lists: int = 0
+    list_tiles: int = 0
+    out: int = 0
+    vector_len: int = 0
+    plane: int = 0
+    index_bits: int = 0
+    res_bits: int = 0
+    shift: int = ABSENT
+    unused: int = 0
+    unused_too: int = 0
+
+    def numbers(self) -> list[int]:
+        return list(astuple(self))
+
+
+@dataclass
+class Part:
+    """Sums that belong to the same outputs: ``vptq::Part``."""
+
+    out: int
+    splits: int
+    stride: int
+    vector_len: int
+    skip: int
+    plane: int
+    adds: int = 0
+    added_to: int = 0
+
+    def numbers(self) -> list[int]:
+        return list(astuple(self))
+
+
+@dataclass
+class Module:
+    """One module's outputs: ``vptq::Module``."""
+
+    out_begin: int
+    out_end: int
+    part_begin: int
+    part_end: int
+    dot: int = ABSENT
+    scale: int = ABSENT
+    shift: int = ABSENT
+    dense: int = 0
+
+    def numbers(self) -> list[int]:
+        return list(astuple(self))
+
+
+@dataclass
+class Variant:
+    """How calls of up to ``max_tokens`` are worked off: the jobs of each thread block, and where sums go."""
+
+    max_tokens: int
+    jobs: list[list[Job]] = field(default_factory=list)
+    modules: list[Module] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    stride: int = 0
+
+    def reserve(self, floats: int) -> int:
+        """Room for sums in a token's row of the workspace, in floats; pairs of sums are stored at once."""
+        begin = self.stride
+        self.stride += (floats + 3) // 4 * 4
+        return begin
+
+
+@dataclass
+class Decoding:
+    """Jobs that look up all weights of one part, for products with many tokens."""
+
+    jobs: list[Job]
+
+
+@dataclass
+class LayerWork:
+    """Everything the kernels are told about a layer. ``dense``: (first output, rows, offset) of dense modules."""
+
+    stationary: bool
+    out_features: int
+    in_features: int
+    shared_bytes: int
+    direct_tokens: int
+    variants: list[Variant]
+    decodings: list[Decoding]
+    dense: list[tuple[int, int, int]]
+
+    def encode(self, device: torch.device) -> tuple[Tensor, list[int]]:
+        """The tensor ``work`` and the plan."""
+        words: list[int] = []
+
+        def store(records: Sequence[Job] | Sequence[Part] | Sequence[Module]) -> int:
+            at = len(words)
+            for record in records:
+                words.extend(record.numbers())
+            return at
+
+        plan = [int(self.stationary), self.out_features, self.in_features, self.shared_bytes, self.direct_tokens]
+        plan += [len(self.variants), len(self.variants[0].modules), len(self.decodings)]
+        for v in self.variants:
+            jobs = store([job for thread_block in v.jobs for job in thread_block])
+            starts = len(words)
+            words.append(0)
+            for thread_block in v.jobs:
+                words.append(words[-1] + len(thread_block))
+            plan += [v.max_tokens, v.stride, jobs, starts, len(v.jobs), store(v.modules), store(v.parts)]
+            plan += [n for module in v.modules for n in module.numbers()]
+            plan += [n for part in v.parts for n in part.numbers()]
+        for decoding in self.decodings:
+            if self.stationary:
+                plan += [store(decoding.jobs), len(decoding.jobs)]
+            else:
+                (job,) = decoding.jobs
+                plan += job.numbers()
+        plan += [len(self.dense), *(n for entry in self.dense for n in entry)]
+        return torch.tensor(words, dtype=torch.int32).to(device), plan
+
+
+def out_features(plan: Sequence[int]) -> int:
+    """Outputs of the layer a plan is of."""
+    return plan[1]
+
+
+def in_features(plan: Sequence[int]) -> int:
+    """Inputs of the layer a plan is of."""
+    return plan[2]
+
+
+@dataclass
+class Unit:
+    """Work that can be cut by rows: ``job`` with its rows still open.
+
+    ``fill`` cycles to set up, unless the thread block just did a unit with the same ``held``; ``tile`` cycles in any
+    case. ``grain`` rows are done at once, at ``cost`` cycles.
+    """
+
+    job: Job
+    rows: int
+    grain: int
+    cost: float
+    fill: float = 0.0
+    tile: float = 0.0
+    held: int | None = None
+
+
+def cut(units: Sequence[Unit], thread_blocks: int) -> list[list[Job]]:
+    """Divides units, in order, among at most ``thread_blocks`` so that the slowest is as quick as can be.
+
+    More are used only when there is no other way. The order is kept, so that neighbours share what they hold.
+    """
+    # A little more than everything, lest rounding leave a row over.
+    low, high = 0.0, 1.001 * sum(u.fill + u.tile + u.cost * -(-u.rows // u.grain) for u in units)
+    for _ in range(24):
+        middle = (low + high) / 2
+        if len(_fill_blocks(units, middle)) <= thread_blocks:
+            high = middle
+        else:
+            low = middle
+    return [
+        [replace(units[u].job, row_begin=begin, row_end=end) for u, begin, end in pieces]
+        for pieces in _fill_blocks(units, high)
+    ]
+
+
+def _fill_blocks(units: Sequence[Unit], budget: float) -> list[list[tuple[int, int, int]]]:
+    """Thread blocks as lists of (unit, first row, last row), each within the budget if one grain is."""
+    done: list[list[tuple[int, int, int]]] = []
+    block: list[tuple[int, int, int]] = []
+    left, held = budget, None
+    for u, unit in enumerate(units):
+        row = 0
+        while row < unit.rows:
+            setup = unit.tile + (0 if block and unit.held is not None and unit.held == held else unit.fill)
+            grains = int((left - setup) / unit.cost)
+            if grains < 1 and block:
+                done.append(block)
+                block, left, held = [], budget, None
+                continue
+            grains = max(1, min(grains, -(-(unit.rows - row) // unit.grain)))
+            end = min(unit.rows, row + grains * unit.grain)
+            block.append((u, row, end))
+            left -= setup + grains * unit.cost
+            row, held = end, unit.held
+    if block:
+        done.append(block)
+    return done
