@@ -108,6 +108,12 @@ class VPTQLinearMethod(LinearMethodBase):
         layout: choice.LayerLayout = layer.vptq_layout
         return layout.apply(x, bias, **{name: getattr(layer, name) for name in layout.tensor_names})
 
+    def dequantize_weight(self, layer: torch.nn.Module) -> Tensor:
+        """The rank's dense weight ``[out, in]`` in the activation dtype."""
+        layout: choice.LayerLayout = layer.vptq_layout
+        weight = layout.weight(**{name: getattr(layer, name) for name in layout.tensor_names})
+        return weight.to(layer.vptq_dtype).contiguous()
+
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:
     return None if tensor is None else tensor.shape
