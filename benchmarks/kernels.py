@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels                       # the whole table, some minutes
     python -m benchmarks.kernels --formats v8-k65536 --shapes 8192x8192 --tokens 1 8
-    python -m benchmarks.kernels --crossover           # where decoding + cuBLAS overtakes looking up
+    python -m benchmarks.kernels --direct 64           # weights looked up, not decoded, up to 64 tokens
 
 Every measurement is a CUDA graph of many calls that rotate among copies of the layer larger together than the L2
 cache, so weights come from memory, as in a model; the time of a call is that of the graph over the calls. The dense
@@ -126,11 +126,15 @@ def dense_microseconds(out_features: int, in_features: int, tokens: int, dtype: 
 
 
 def relative_error(layer: Layer, shards: list[ModuleShard], dtype: torch.dtype, tokens: int) -> float:
-    """Of the layer's outputs against the torch implementation in float64."""
+    """Of the first outputs against the torch implementation in float64."""
     x = torch.randn(tokens, shards[0].in_features, device="cuda").to(dtype)
-    exact_layout = compact.build([_in_float64(shard) for shard in shards], torch.float64, x.device)
+    (segment,) = shards[0].segments
+    first = replace(segment, words=segment.words[:64].contiguous())
+    outputs = min(shards[0].out_features, 64 * segment.vector_len)
+    part = _in_float64(replace(shards[0], segments=(first,), out_features=outputs))
+    exact_layout = compact.build([part], torch.float64, x.device)
     exact = reference.linear(x.double(), *exact_layout.tensors().values(), None, exact_layout.plan)
-    return ((layer(x).double() - exact).norm() / exact.norm()).item()
+    return ((layer(x)[:, :outputs].double() - exact).norm() / exact.norm()).item()
 
 
 def _in_float64(shard: ModuleShard) -> ModuleShard:
@@ -157,11 +161,11 @@ def parse_shape(name: str) -> tuple[list[int], int]:
     return [int(out)], int(inputs)
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
+def measure(arguments: argparse.Namespace, save: Callable[[list[dict[str, object]]], None]) -> list[dict[str, object]]:
     dtype = getattr(torch, arguments.dtype)
     gen = torch.Generator("cuda").manual_seed(0)
     dense: dict[tuple[int, int, int], float] = {}
-    rows = []
+    rows: list[dict[str, object]] = []
     print("format             layer        layout      bits tokens       us    dense      x   Tw/s    error")
     for name in arguments.formats:
         v, k, r = parse_format(name)
@@ -176,19 +180,20 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
                         dense[key] = dense_microseconds(*key, dtype)
                     x = torch.randn(tokens, inputs, device="cuda").to(dtype)
                     us = microseconds(lambda i, x=x, layer=layer: layer(x, i), len(layer.copies))
-                    error = relative_error(layer, shards, dtype, min(tokens, 64)) if arguments.check else None
+                    error = relative_error(layer, shards, dtype, min(tokens, 64))
                     row = dict(
                         format=name, layer=shape, out_features=sum(outs), in_features=inputs, tokens=tokens,
                         dtype=arguments.dtype, layout=layout, bits_per_weight=round(layer.bits, 3), us=round(us, 2),
                         dense_us=round(dense[key], 2), speedup=round(dense[key] / us, 3),
-                        tera_weights_per_s=round(sum(outs) * inputs / us / 1e6, 3), relative_error=error,
+                        tera_weights_per_s=round(sum(outs) * inputs / us / 1e6, 3), relative_error=float(f"{error:.3g}"),
                     )  # fmt: skip
                     rows.append(row)
                     cells = f"{layer.bits:5.2f} {tokens:6} {us:8.1f} {dense[key]:8.1f} {row['speedup']:6.2f}"
                     rate = row["tera_weights_per_s"]
-                    print(f"{name:18} {shape:12} {layout:10} {cells} {rate:6.2f} {error or 0:8.1e}", flush=True)
+                    print(f"{name:18} {shape:12} {layout:10} {cells} {rate:6.2f} {error:8.1e}", flush=True)
                 del layer
             torch.cuda.empty_cache()
+            save(rows)
     return rows
 
 
@@ -214,19 +219,20 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=["stationary", "compact"], choices=["stationary", "compact"])
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
     parser.add_argument("--direct", type=int, help="tokens up to which weights are looked up, not decoded")
-    parser.add_argument("--check", action="store_true", help="also measure the error against float64")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     cuda_extension()
-    rows = measure(arguments)
-    summarize(rows)
-    if arguments.out:
-        properties = torch.cuda.get_device_properties(0)
-        record = dict(
-            date=datetime.date.today().isoformat(), gpu=properties.name, processors=properties.multi_processor_count,
-            torch=torch.__version__, cuda=torch.version.cuda, rows=rows,
-        )  # fmt: skip
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    properties = torch.cuda.get_device_properties(0)
+    about = dict(
+        date=datetime.date.today().isoformat(), gpu=properties.name, processors=properties.multi_processor_count,
+        torch=torch.__version__, cuda=torch.version.cuda,
+    )  # fmt: skip
+
+    def save(rows: list[dict[str, object]]) -> None:
+        if arguments.out:
+            arguments.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+    summarize(measure(arguments, save))
 
 
 if __name__ == "__main__":

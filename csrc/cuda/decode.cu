@@ -98,7 +98,8 @@ __device__ void decode_resident(const Layer& layer, const Job& job, const Sink<T
   constexpr bool kPairs = kKind == Kind::kBytePairs;
   constexpr int kSteps = steps_per_load(kKind);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row_end = min(job.row_end, (sink.end() + 1) / 2), row_begin = max(job.row_begin, sink.begin() / 2);
+  const int first_row = sink.begin(), last_row = sink.end();
+  const int row_end = min(job.row_end, (last_row + 1) / 2), row_begin = max(job.row_begin, first_row / 2);
   if (row_begin >= row_end) return;
   fill_images<kByteCodes>(shared, static_cast<const uint4*>(layer.books) + job.book, job.book_rows, job.copies);
   const uint4* residual = shared + ((job.book_rows + 7) & ~7) * job.copies;
@@ -109,8 +110,10 @@ __device__ void decode_resident(const Layer& layer, const Job& job, const Sink<T
   const int first_load = job.column_begin / (kSteps * 16);
   const int loads = (job.column_end + kSteps * 16 - 1) / (kSteps * 16) - first_load;
   const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + lane;
-  for (int i = warp; i < loads * (row_end - row_begin); i += kWarps) {
-    const int load = first_load + i % loads, pair = row_begin + i / loads;
+  // Rows first: what they store lies side by side.
+  const int pairs = row_end - row_begin;
+  for (int i = warp; i < loads * pairs; i += kWarps) {
+    const int load = first_load + i / pairs, pair = row_begin + i % pairs;
     const uint4 words = load_once(codes + pair * size_t(job.row_words / 4) + load * 32);
     const int row = 2 * pair + (lane >> 3 & 1);
 #pragma unroll
@@ -118,7 +121,7 @@ __device__ void decode_resident(const Layer& layer, const Job& job, const Sink<T
       const unsigned word = s * 4 / kSteps == 0 ? words.x : s * 4 / kSteps == 1 ? words.y : s * 4 / kSteps == 2
                                                                                       ? words.z : words.w;
       const int column = (load * kSteps + s) * 16 + lane % 8 + lane / 16 * 8;
-      if (column >= job.column_end || row < sink.begin() || row >= sink.end()) continue;
+      if (column >= job.column_end || row < first_row || row >= last_row) continue;
       uint4 raw;
       if (kKind == Kind::kBytes) raw = shared[(word >> (8 * (s % 4)) & 0xff) * 8 + lane % 8];
       if (kKind == Kind::kBytePairs) raw = shared[(word >> (16 * (s % 2)) & 0xff) * 8 + lane % 8];

@@ -61,8 +61,8 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
                                              float* workspace, int64_t stride, uint4* shared) {
   constexpr int kTiles = kSpanTiles / Octets;
   constexpr int kPlaneRows = kTiles * kTileRows;
-  constexpr int kAhead = 10;  // groups of 32 entries on their way to a warp
-  constexpr int kBatch = 2;   // groups looked up together
+  constexpr int kRing = 3, kAhead = 10;  // blocks on their way to a warp, and groups of 32 entries in each at most
+  constexpr int kBatch = 2;              // groups looked up together
   constexpr int kChains = Octets == 1 ? kBatch : 1;  // of dependent products
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint4* tile = shared + kSliceRows;
@@ -84,30 +84,39 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
       end = __ldg(lists + row * job.list_tiles + last_tile);
     }
   };
-  // A list is read in blocks of equal size, as its end would leave little to do while the next list is on its way.
-  struct List {
-    int at, end, block;
-  };
-  auto find_list = [&](int row) {
-    List list;
-    bounds(row, list.at, list.end);
-    const int blocks = max(1, (list.end - list.at + kAhead - 1) / kAhead);
-    list.block = (list.end - list.at + blocks - 1) / blocks;
-    return list;
-  };
+  // The lists of this warp's rows are read in blocks, kRing at a time. Those of a list are of equal size, since a short
+  // one at its end would leave little to do while the next list is on its way. ends[i]: the row that ends with block i.
   const unsigned nothing = make_entry(first_tile, kTileColumns, 0);
-  unsigned now[kAhead];
-  auto fetch = [&](unsigned (&to)[kAhead], const List& list) {
-    const unsigned* from = entries + size_t(list.at) * 32;
-    const int groups = min(list.block, list.end - list.at);
-    unrolled<kAhead>([&](auto k) {
-      to[k] = nothing;
-      if (k < groups) to[k] = load_once<k * 32>(from);
-    });
+  unsigned blocks[kRing][kAhead];
+  int sizes[kRing], ends[kRing];
+  int row = job.row_begin + warp, at, end, size, next_at, next_end;
+  auto divide = [&] {
+    const int count = max(1, (end - at + kAhead - 1) / kAhead);
+    size = (end - at + count - 1) / count;
   };
-  int row = job.row_begin + warp;
-  List list = find_list(row), next_list = find_list(row + kWarps);
-  fetch(now, list);
+  auto fetch = [&](int i) {
+    const unsigned* from = entries + size_t(at) * 32;
+    sizes[i] = min(size, end - at);
+    unrolled<kAhead>([&](auto k) {
+      blocks[i][k] = nothing;
+      if (k < sizes[i]) blocks[i][k] = load_once<k * 32>(from);
+    });
+    at += sizes[i];
+    ends[i] = -1;
+    if (at == end) {
+      ends[i] = row;
+      row += kWarps;
+      at = next_at;
+      end = next_end;
+      divide();
+      bounds(row + kWarps, next_at, next_end);  // not looked at before this list has been read
+    }
+  };
+  bounds(row, at, end);
+  bounds(row + kWarps, next_at, next_end);
+  divide();
+#pragma unroll
+  for (int i = 0; i < kRing; i++) fetch(i);
 
   wait_for_previous();
   const Inputs<T> inputs(layer, tokens, job, 8 * Octets);
@@ -160,46 +169,33 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
   // to entries 8-15 and 24-31, its lower ones to the others. Two products with the centroids of either set have what
   // is wanted in one half of the rows each; the other halves are never looked at. (See lane_of_row.)
   float sums[kChains][Octets][2][4] = {};
-  while (row < job.row_end) {
-    const int groups = min(list.block, list.end - list.at);
-    list.at += groups;
-    const bool ends = list.at >= list.end;
-    const int ended = row;
-    if (ends) {
-      row += kWarps;
-      list = next_list;
-      next_list = find_list(row + kWarps);
-    }
-    unsigned next[kAhead];
-    fetch(next, list);
+  auto multiply_block = [&](int i) {
 #pragma unroll
     for (int first = 0; first < kAhead; first += kBatch) {
-      if (first < groups) {
-        unsigned centroids[kBatch][4], acts[kBatch][Octets][4];
+      if (first >= sizes[i]) return;
+      unsigned centroids[kBatch][4], acts[kBatch][Octets][4];
 #pragma unroll
-        for (int k = 0; k < kBatch; k++) {
-          const unsigned entry = now[first + k];
-          ldmatrix_trans(centroids[k], book_base + (entry & (kSliceRows - 1) << 2) * 4);
+      for (int k = 0; k < kBatch; k++) {
+        const unsigned entry = blocks[i][first + k];
+        ldmatrix_trans(centroids[k], book_base + (entry & (kSliceRows - 1) << 2) * 4);
 #pragma unroll
-          for (int o = 0; o < Octets; o++)
-            ldmatrix_trans(acts[k][o], tile_base + (entry >> 15) + o * kPlaneRows * 16);
-        }
+        for (int o = 0; o < Octets; o++)
+          ldmatrix_trans(acts[k][o], tile_base + (entry >> 15) + o * kPlaneRows * 16);
+      }
 #pragma unroll
-        for (int k = 0; k < kBatch; k++) {
+      for (int k = 0; k < kBatch; k++) {
 #pragma unroll
-          for (int o = 0; o < Octets; o++) {
-            const auto& a = acts[k][o];
-            const auto& c = centroids[k];
-            mma<T>(sums[k % kChains][o][0], a[0], a[1], a[2], a[3], c[0], c[1]);
-            mma<T>(sums[k % kChains][o][1], a[0], a[1], a[2], a[3], c[2], c[3]);
-          }
+        for (int o = 0; o < Octets; o++) {
+          const auto& a = acts[k][o];
+          const auto& c = centroids[k];
+          mma<T>(sums[k % kChains][o][0], a[0], a[1], a[2], a[3], c[0], c[1]);
+          mma<T>(sums[k % kChains][o][1], a[0], a[1], a[2], a[3], c[2], c[3]);
         }
       }
     }
-#pragma unroll
-    for (int k = 0; k < kAhead; k++) now[k] = next[k];
-    if (!ends) continue;
-    const int group = lane / 4, output = job.out + ended * 8 + lane % 4 * 2;
+  };
+  auto store_row = [&](int done) {
+    const int group = lane / 4, output = job.out + done * 8 + lane % 4 * 2;
 #pragma unroll
     for (int o = 0; o < Octets; o++) {
       float2 sum = make_float2(0.f, 0.f);
@@ -219,6 +215,17 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
       const int token = o * 8 + group;
       const bool kept = token < tokens.count && !(inputs.half && token >= inputs.half);
       if (kept) *reinterpret_cast<float2*>(workspace + token * stride + output) = sum;
+    }
+  };
+  for (int left = (job.row_end - job.row_begin - warp + kWarps - 1) / kWarps; left > 0;) {
+#pragma unroll
+    for (int i = 0; i < kRing; i++) {
+      multiply_block(i);
+      const int done = ends[i];
+      fetch(i);
+      if (done < 0) continue;
+      store_row(done);
+      if (--left == 0) return;
     }
   }
 }

@@ -12,7 +12,8 @@ Every segment becomes one or more *passes*, each over one book and eight element
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def build(
                 shared = max(shared, pass_.shared_bytes)
                 for variant, list_ in zip(variants, units, strict=True):
                     list_ += _units(pass_, variant, place, column_list, processors)
-                decodings.append(Decoding(_decoding_jobs(pass_, place, column_list)))
+                decodings.append(Decoding(_decoding_jobs(pass_, place, column_list, processors)))
         for variant, list_ in zip(variants, units, strict=True):
             module, dot = _module(shard, start, end, (first_part, len(decodings)), place, variant)
             variant.modules.append(module)
@@ -343,19 +344,18 @@ def _job(pass_: Pass, slice_: int, begin: int, end: int, place: NormPlace, colum
     )
 
 
-def _decoding_jobs(pass_: Pass, place: NormPlace, column_list: int) -> list[Job]:
-    """Jobs of about equal size for a decoding pass: blocks take one each."""
-    jobs = []
+def _decoding_jobs(pass_: Pass, place: NormPlace, column_list: int, processors: int) -> list[Job]:
+    """Jobs of about equal size that look up all weights of a pass; thread blocks take one each.
+
+    Jobs of the same rows follow each other, so that they run at the same time: what they store lies in between each
+    other's, and the L2 cache joins it to whole lines.
+    """
     rows = pass_.rows if pass_.kind == Kind.SLICED else -(-pass_.rows // 2)
-    pieces = max(1, min(264 // pass_.slices, rows // 8))
-    for slice_ in range(pass_.slices):
-        for begin, end in [(0, pass_.segment.num_columns)]:
-            job = _job(pass_, slice_, begin, end, place, column_list, 0)
-            for piece in range(pieces):
-                lo, hi = rows * piece // pieces, rows * (piece + 1) // pieces
-                if hi > lo:
-                    jobs.append(Job(**{**job.__dict__, "row_begin": lo, "row_end": hi}))
-    return jobs
+    pieces = max(1, min(processors // pass_.slices, rows // 4))
+    columns = pass_.segment.num_columns
+    jobs = [_job(pass_, slice_, 0, columns, place, column_list, 0) for slice_ in range(pass_.slices)]
+    bounds = [rows * piece // pieces for piece in range(pieces + 1)]
+    return [replace(job, row_begin=lo, row_end=hi) for lo, hi in pairwise(bounds) if hi > lo for job in jobs]
 
 
 def _round8(n: int) -> int:
