@@ -42,6 +42,7 @@ SHAPES = {
     "70B down": ([8192], 28672),
 }
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 1024, 4096]
+Rows = list[dict[str, object]]
 COLD_BYTES = 200 << 20
 """Weights that a graph rotates among: several times the L2 cache."""
 
@@ -76,7 +77,7 @@ def build(shards: list[ModuleShard], dtype: torch.dtype, layout: str, direct_tok
     """Lays shards out; ``direct_tokens`` overrules the measured crossover."""
     device = torch.device("cuda")
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    direct = choice.crossover(device, layout) if direct_tokens is None else direct_tokens
+    direct = choice.crossover(device, layout, shards) if direct_tokens is None else direct_tokens
     made: stationary.StationaryLayout | streams.StreamsLayout
     if layout == "stationary":
         made = stationary.build(shards, dtype, device, processors, direct)
@@ -161,11 +162,11 @@ def parse_shape(name: str) -> tuple[list[int], int]:
     return [int(out)], int(inputs)
 
 
-def measure(arguments: argparse.Namespace, save: Callable[[list[dict[str, object]]], None]) -> list[dict[str, object]]:
+def measure(arguments: argparse.Namespace, save: Callable[[Rows], None]) -> Rows:
     dtype = getattr(torch, arguments.dtype)
     gen = torch.Generator("cuda").manual_seed(0)
     dense: dict[tuple[int, int, int], float] = {}
-    rows: list[dict[str, object]] = []
+    rows: Rows = []
     print("format             layer        layout      bits tokens       us    dense      x   Tw/s    error")
     for name in arguments.formats:
         v, k, r = parse_format(name)
@@ -197,7 +198,7 @@ def measure(arguments: argparse.Namespace, save: Callable[[list[dict[str, object
     return rows
 
 
-def summarize(rows: list[dict[str, object]]) -> None:
+def summarize(rows: Rows) -> None:
     """Geometric means over shapes."""
     groups: dict[tuple[object, ...], list[float]] = {}
     for row in rows:
@@ -228,7 +229,7 @@ def main() -> None:
         torch=torch.__version__, cuda=torch.version.cuda,
     )  # fmt: skip
 
-    def save(rows: list[dict[str, object]]) -> None:
+    def save(rows: Rows) -> None:
         if arguments.out:
             arguments.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 

@@ -16,7 +16,7 @@ from tests.strategies import few, random_tensors
 from vllm_vptq import ops
 from vllm_vptq.build import BuildError
 from vllm_vptq.format import LayerSpec, dequantize
-from vllm_vptq.layouts import choice, compact, streams, work
+from vllm_vptq.layouts import choice, compact, stationary, streams, work
 from vllm_vptq.layouts.work import Job, Kind, Unit
 from vllm_vptq.parameters import cut_module
 
@@ -95,10 +95,25 @@ def test_impossible_choices(monkeypatch):
         choice._choose(GPU)
 
 
-def test_crossovers_are_numbers_for_every_layout():
+def test_crossovers_are_numbers_for_every_class():
+    classes = {"compact", "stationary resident", "stationary sliced", "stationary unaligned"}
     for name, table in choice._crossovers().items():
-        assert set(table) == {"compact", "stationary"}, name
+        assert set(table) == classes, name
         assert all(isinstance(tokens, int) and tokens > 0 for tokens in table.values())
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (LayerSpec(96, 40, 8, 256, 16), "resident"),
+        (LayerSpec(96, 40, 8, 8192), "resident"),
+        (LayerSpec(96, 40, 16, 16384), "sliced"),
+        (LayerSpec(96, 40, 8, 256, 16384), "sliced"),
+        (LayerSpec(96, 40, 12, 65536), "unaligned"),
+    ],
+)
+def test_crossover_class(spec, expected):
+    assert stationary.crossover_class(shards(spec)) == f"stationary {expected}"
 
 
 def test_resident_bytes_are_logged_with_the_last_layer(caplog):

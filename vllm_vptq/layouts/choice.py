@@ -69,7 +69,7 @@ def build(
     else:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         kind = layout or _choose(device)
-        direct_tokens = crossover(device, kind)
+        direct_tokens = crossover(device, kind, shards)
         if kind == "stationary":
             made = stationary.build(shards, dtype, device, processors, direct_tokens)
         else:
@@ -111,15 +111,17 @@ def chosen() -> str:
     return choice
 
 
-def crossover(device: torch.device, layout: str) -> int:
-    """The most tokens for which looking weights up beats decoding them and a dense product: measured, see the file."""
+def crossover(device: torch.device, layout: str, shards: Sequence[ModuleShard]) -> int:
+    """The most tokens for which looking weights up beats decoding them for cuBLAS: measured, see crossovers.json."""
     table = _crossovers()
     major, minor = torch.cuda.get_device_capability(device)
-    return int((table.get(f"{major}.{minor}") or table["default"])[layout])
+    return (table.get(f"{major}.{minor}") or table["default"])[
+        layout if layout == "compact" else stationary.crossover_class(shards)
+    ]
 
 
 @cache
-def _crossovers() -> dict[str, Any]:
+def _crossovers() -> dict[str, dict[str, int]]:
     return dict(json.loads(resources.files("vllm_vptq.layouts").joinpath("crossovers.json").read_text()))
 
 

@@ -23,7 +23,8 @@ from vllm_vptq.layouts.flat import Flat
 from vllm_vptq.layouts.work import ABSENT, Decoding, Job, Kind, LayerWork, Module, Part, Unit, Variant
 from vllm_vptq.parameters import ModuleShard, Segment
 
-SLICE_ROWS = 8192
+SLICE_BITS = 13
+SLICE_ROWS = 1 << SLICE_BITS
 TILE_COLUMNS = 2048
 SPAN_COLUMNS = 2 * TILE_COLUMNS
 WARPS = 16
@@ -151,6 +152,16 @@ def build(
         work=work_tensor,
         plan=plan,
     )
+
+
+def crossover_class(shards: Sequence[ModuleShard]) -> str:
+    """Which row of crossovers.json applies to a layer: what its slowest part to decode is."""
+    segments = [segment for shard in shards for segment in shard.segments]
+    if any(segment.vector_len % 8 for segment in segments):
+        return "stationary unaligned"
+    if any(max(segment.index_bits, segment.res_bits) > SLICE_BITS for segment in segments):
+        return "stationary sliced"
+    return "stationary resident"
 
 
 @dataclass(frozen=True)
