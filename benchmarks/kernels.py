@@ -186,7 +186,8 @@ def measure(arguments: argparse.Namespace, save: Callable[[Rows], None]) -> Rows
                         format=name, layer=shape, out_features=sum(outs), in_features=inputs, tokens=tokens,
                         dtype=arguments.dtype, layout=layout, bits_per_weight=round(layer.bits, 3), us=round(us, 2),
                         dense_us=round(dense[key], 2), speedup=round(dense[key] / us, 3),
-                        tera_weights_per_s=round(sum(outs) * inputs / us / 1e6, 3), relative_error=float(f"{error:.3g}"),
+                        tera_weights_per_s=round(sum(outs) * inputs / us / 1e6, 3),
+                        relative_error=float(f"{error:.3g}"),
                     )  # fmt: skip
                     rows.append(row)
                     cells = f"{layer.bits:5.2f} {tokens:6} {us:8.1f} {dense[key]:8.1f} {row['speedup']:6.2f}"
