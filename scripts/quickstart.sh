@@ -31,10 +31,6 @@ fi
 say "Perplexity before and after (text: Python's language reference)"
 vptq-quantize eval "$model" "$out" --tokens 16384
 
-if [[ $(device) == gpu ]]; then
-  echo "on a GPU the op has no native kernel yet: asking for the slow one by name (VLLM_VPTQ_ALLOW_REFERENCE=1)"
-  export VLLM_VPTQ_ALLOW_REFERENCE=1
-fi
 say "Text from vLLM: LLM(\"$out\")"
 python scripts/generate.py "$out" 2>"$logs/generate.log" || { tail -n 15 "$logs/generate.log" >&2; die "vLLM could not generate; see $logs/generate.log"; }
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.crossovers import crossovers
 from tests.shards import CPU
 from tests.strategies import few, random_tensors
 from vllm_vptq import ops
@@ -114,6 +115,21 @@ def test_crossovers_are_numbers_for_every_class():
 )
 def test_crossover_class(spec, expected):
     assert stationary.crossover_class(shards(spec)) == f"stationary {expected}"
+
+
+def test_crossovers_from_measurements():
+    def row(layout: str, name: str, tokens: int, us: float, dense: float) -> dict:
+        return dict(layout=layout, format=name, layer="8B o", tokens=tokens, us=us, dense_us=dense)
+
+    rows = [
+        row("stationary", "v8-k65536", 16, 20.0, 12.0),
+        row("stationary", "v8-k65536", 1024, 150.0, 50.0),
+        row("stationary", "v8-k256-256", 16, 10.0, 12.0),  # without a row of many tokens
+        row("compact", "v6-k4096", 8, 40.0, 10.0),
+        row("compact", "v6-k4096", 1024, 80.0, 50.0),
+    ]
+    # 16 tokens cost 20 us; decoding and a dense product 100 + 12
+    assert crossovers(rows) == {"compact": 8, "stationary sliced": 90}
 
 
 def test_resident_bytes_are_logged_with_the_last_layer(caplog):

@@ -129,6 +129,14 @@ def test_fused(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_parts_than_fit_the_arguments_of_a_kernel(layout):
+    spec = LayerSpec(256, 80, **FORMATS["v16-k65536-65536"], group_num=8, enable_perm=True)
+    layer = Layer([spec, spec], torch.float16, layout)
+    for count in (1, 8, 16, 40):
+        layer.check(layer.tokens(count))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-4096", "v6-k4096"])
 def test_shards(name, layout):
     spec = LayerSpec(1024, 200, **FORMATS[name], **EXTRAS["column norm"])

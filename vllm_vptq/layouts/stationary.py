@@ -36,6 +36,8 @@ IMAGE_BYTES = 192 * 1024
 """For images of a large book: of the 227 KiB a block can have, less the buffers."""
 SLICED_BYTES = (SLICE_ROWS + 2 * (TILE_COLUMNS + 8)) * 16
 """A slice and activations."""
+CLASSES = ("stationary unaligned", "stationary sliced", "stationary resident")
+"""Of layers, by how fast their weights are decoded; the slowest first."""
 TOKENS = (8, 16)
 """Most tokens of a call, one entry per variant."""
 
@@ -155,13 +157,17 @@ def build(
 
 
 def crossover_class(shards: Sequence[ModuleShard]) -> str:
-    """Which row of crossovers.json applies to a layer: what its slowest part to decode is."""
+    """Which entry of crossovers.json applies to a layer: that of its part which is slowest to decode."""
     segments = [segment for shard in shards for segment in shard.segments]
-    if any(segment.vector_len % 8 for segment in segments):
-        return "stationary unaligned"
-    if any(max(segment.index_bits, segment.res_bits) > SLICE_BITS for segment in segments):
-        return "stationary sliced"
-    return "stationary resident"
+    classes = {class_of(s.vector_len, 1 << max(s.index_bits, s.res_bits)) for s in segments}
+    return next(name for name in CLASSES if name in classes or name == CLASSES[-1])
+
+
+def class_of(vector_len: int, entries: int) -> str:
+    """The class of a segment whose larger book has ``entries`` entries."""
+    if vector_len % 8:
+        return CLASSES[0]
+    return CLASSES[1] if entries > SLICE_ROWS else CLASSES[2]
 
 
 @dataclass(frozen=True)
