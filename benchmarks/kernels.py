@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_vptq import gpu, reference
+from vllm_vptq import reference
 from vllm_vptq.build import cuda_extension
-from vllm_vptq.layouts import choice, compact, stationary, streams
+from vllm_vptq.layouts import choice, compact
 from vllm_vptq.parameters import ModuleShard, Segment
 
 FORMATS = [
@@ -49,14 +49,14 @@ COLD_BYTES = 200 << 20
 
 @dataclass
 class Layer:
-    """A layer in one layout; ``copies`` of its large tensors, that none is found in a cache."""
+    """A layer in one layout; ``copies`` of its tensors, that none is found in a cache."""
 
+    layout: choice.LayerLayout
     copies: list[dict[str, Tensor | None]]
-    plan: list[int]
     bits: float
 
     def __call__(self, x: Tensor, copy: int = 0) -> Tensor:
-        return gpu.lookup_linear(x, **self.copies[copy % len(self.copies)], bias=None, plan=self.plan)
+        return self.layout.apply(x, None, **self.copies[copy % len(self.copies)])
 
 
 def random_shard(
@@ -76,20 +76,13 @@ def random_shard(
 def build(shards: list[ModuleShard], dtype: torch.dtype, layout: str, direct_tokens: int | None = None) -> Layer:
     """Lays shards out; ``direct_tokens`` overrules the measured crossover."""
     device = torch.device("cuda")
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     direct = choice.crossover(device, layout, shards) if direct_tokens is None else direct_tokens
-    made: stationary.StationaryLayout | streams.StreamsLayout
-    if layout == "stationary":
-        made = stationary.build(shards, dtype, device, processors, direct)
-    else:
-        made = streams.build(compact.build(shards, dtype, device), shards[0].in_features, processors, direct)
-    tensors = made.tensors()
+    made, tensors = choice.lay_out(layout, shards, dtype, device, direct)
     size = sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
-    weights = sum(s.out_features for s in shards) * shards[0].in_features
     copies = [tensors]
     for _ in range(min(40, COLD_BYTES // size + 1)):
         copies.append({name: None if t is None else t.clone() for name, t in tensors.items()})
-    return Layer(copies, made.plan, size * 8 / weights)
+    return Layer(made, copies, size * 8 / made.weights)
 
 
 def microseconds(call: Callable[[int], Tensor], copies: int, replays: int = 7) -> float:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from benchmarks.crossovers import crossovers
 from tests.shards import CPU
 from tests.strategies import few, random_tensors
-from vllm_vptq import ops
+from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError
 from vllm_vptq.format import LayerSpec, dequantize
-from vllm_vptq.layouts import choice, compact, stationary, streams, work
+from vllm_vptq.layouts import choice, compact, paired, stationary, streams, work
 from vllm_vptq.layouts.work import Job, Kind, Unit
 from vllm_vptq.parameters import cut_module
 
@@ -30,7 +30,7 @@ def shards(spec: LayerSpec = SPEC):
     return [cut_module(random_tensors(spec, 0), spec, (0, spec.shape[0]), (0, spec.shape[1]))]
 
 
-def gpu(monkeypatch, shared_kib: int = 227, free: float = 0.9) -> None:
+def fake_gpu(monkeypatch, shared_kib: int = 227, free: float = 0.9) -> None:
     properties = SimpleNamespace(shared_memory_per_block_optin=shared_kib * KIB, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 1000), 1000))
@@ -40,7 +40,7 @@ def gpu(monkeypatch, shared_kib: int = 227, free: float = 0.9) -> None:
 
 def test_on_a_cpu():
     layout, tensors = choice.build("layer", shards(), torch.float32, CPU)
-    assert (layout.name, layout.native) == ("compact", False)
+    assert (layout.name, layout.apply_op) == ("compact", ops.linear)
     x = torch.randn(3, 96)
     weight = dequantize(random_tensors(SPEC, 0), SPEC)
     torch.testing.assert_close(layout.apply(x, None, **tensors), x @ weight.T.float(), rtol=1e-4, atol=1e-4)
@@ -79,7 +79,7 @@ def test_float32_is_an_error_on_a_gpu(monkeypatch):
     ],
 )
 def test_choice_on_a_gpu(wanted, shared, free, expected, monkeypatch):
-    gpu(monkeypatch, shared, free)
+    fake_gpu(monkeypatch, shared, free)
     monkeypatch.delenv(choice.LAYOUT, raising=False)
     if wanted:
         monkeypatch.setenv(choice.LAYOUT, wanted)
@@ -87,7 +87,7 @@ def test_choice_on_a_gpu(wanted, shared, free, expected, monkeypatch):
 
 
 def test_impossible_choices(monkeypatch):
-    gpu(monkeypatch, shared_kib=99)
+    fake_gpu(monkeypatch, shared_kib=99)
     monkeypatch.setenv(choice.LAYOUT, "stationary")
     with pytest.raises(RuntimeError, match=r"needs 227 KiB .* has 99; use auto or compact"):
         choice._choose(GPU)
@@ -179,6 +179,57 @@ def test_cut_is_balanced():
     jobs = work.cut([Unit(Job(Kind.BYTES), rows=1000, grain=1, cost=10.0, fill=100.0)], 100)
     assert len(jobs) == 100
     assert {job.row_end - job.row_begin for (job,) in jobs} == {10}
+
+
+@pytest.fixture
+def calls():
+    """Plans of the calls of the CUDA kernels' op, for which a stand-in runs: every output is 7."""
+    library = torch.library.Library("vllm_vptq", "IMPL", "CPU")
+    plans = []
+
+    def stand_in(x, codes, books, norm, columns, dense, bias, jobs, plan):
+        plans.append(tuple(plan))
+        return x.new_full((*x.shape[:-1], work.out_features(plan)), 7.0)
+
+    library.impl("lookup_linear", stand_in)
+    library.impl("lookup_by_count", gpu._by_count)
+    yield plans
+    library._destroy()
+
+
+def test_two_layouts_are_chosen_between_by_the_number_of_tokens(calls):
+    few, many = (streams.build(compact.build(shards(), torch.float16, CPU), 96, 132, direct) for direct in (4, 0))
+    pair = paired.PairedLayout(
+        *(few.codes, few.books, few.work, many.codes, many.books, many.work, None, None, None), few.plan, many.plan
+    )
+    layout, tensors = choice._of("stationary", gpu.lookup_by_count, pair, shards())
+    for shape in [(4, 96), (2, 2, 96), (96,), (5, 96), (1, 5, 96), (300, 96)]:
+        assert layout.apply(torch.zeros(shape, dtype=torch.float16), None, **tensors).shape == (*shape[:-1], 40)
+    assert calls == [tuple(few.plan)] * 3 + [tuple(many.plan)] * 3
+    compiled = torch.compile(lambda x: layout.apply(x, None, **tensors), fullgraph=True, dynamic=True, backend="eager")
+    for count in (3, 5):
+        compiled(torch.zeros(count, 96, dtype=torch.float16))
+    assert calls[6:] == [tuple(few.plan), tuple(many.plan)]
+
+
+def test_a_layer_on_a_gpu_is_one_node_of_a_graph(calls):
+    """Traced with symbolic token counts."""
+    made = streams.build(compact.build(shards(), torch.float16, CPU), 96, 132, 16)
+    layout, tensors = choice._of("compact", gpu.lookup_linear, made, shards())
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    layer = torch.compile(lambda x: layout.apply(x, None, **tensors) + 1, fullgraph=True, dynamic=True, backend=backend)
+    for count in (3, 5, 300):
+        y = layer(torch.zeros(count, 96, dtype=torch.float16))
+        assert y.shape == (count, 40) and bool((y == 8).all())
+    (graph,) = graphs
+    nodes = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert nodes[0] is torch.ops.vllm_vptq.lookup_linear.default or str(nodes[0]).startswith("vllm_vptq.lookup_linear")
+    assert calls == [tuple(made.plan)] * 3
 
 
 def test_jobs_of_the_compact_layout_cover_the_layer():

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.strategies import random_tensors
 from vllm_vptq import gpu
 from vllm_vptq.format import LayerSpec, dequantize
-from vllm_vptq.layouts import compact, stationary, streams
+from vllm_vptq.layouts import choice, compact, stationary, streams
 from vllm_vptq.parameters import ModuleShard, cut_module
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -75,9 +75,13 @@ class Layer:
         else:
             self.layout = stationary.build(shards, dtype, device, processors, 32)
         self.bias = torch.randn(len(self.weight), device=device).to(dtype)
+        self.shards, self.run = shards, self._look_up
+
+    def _look_up(self, x: Tensor, bias: Tensor) -> Tensor:
+        return gpu.lookup_linear(x, **self.layout.tensors(), bias=bias, plan=self.layout.plan)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return gpu.lookup_linear(x, **self.layout.tensors(), bias=self.bias, plan=self.layout.plan)
+        return self.run(x, self.bias)
 
     def tokens(self, count: int) -> Tensor:
         gen = torch.Generator("cuda").manual_seed(count)
@@ -126,6 +130,20 @@ def test_fused(layout, dtype):
     layer = Layer([plain, None, normed, rows], dtype, layout)
     for count in TOKENS:
         layer.check(layer.tokens(count))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_as_a_model_is_served(name):
+    """Through ``choice``: sliced and unaligned formats keep their bit streams for many tokens."""
+    for extra in ("column norm", "groups", "outliers"):
+        extras = EXTRAS[extra]
+        spec = LayerSpec(300 + extras.get("outlier_size", 0), 117, **FORMATS[name], **extras)
+        layer = Layer([spec, None, spec], torch.bfloat16, "compact")
+        layer.layout, tensors = choice.lay_out("stationary", layer.shards, layer.dtype, torch.device("cuda"), 20)
+        layer.run = lambda x, bias, made=layer.layout, tensors=tensors: made.apply(x, bias, **tensors)
+        for count in (1, 8, 20, 21, 100):
+            layer.check(layer.tokens(count))
+        torch.testing.assert_close(layer.layout.weight(**tensors).double(), layer.weight, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,7 +1,8 @@
 """The ops of the CUDA kernels: ``vllm_vptq::lookup_linear`` and what prepares a layer for it.
 
 The implementations are in csrc/bindings.cpp and are registered when ``build.cuda_extension`` has loaded the library;
-this file defines the ops, so that they exist, with their fakes, wherever torch does.
+this file defines the ops, so that they exist, with their fakes, wherever torch does. ``lookup_by_count`` chooses
+between two layouts of a layer; an op of its own, because the count is symbolic under torch.compile.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_vptq.layouts import work
+from vllm_vptq.layouts import work as jobs
 
 _library = torch.library.Library("vllm_vptq", "FRAGMENT")
 
@@ -19,6 +20,9 @@ _DEFINITIONS = (
     "lookup_linear(Tensor x, Tensor codes, Tensor books, Tensor? norm, Tensor? columns, Tensor? dense, Tensor? bias, "
     "Tensor work, int[] plan) -> Tensor",
     "lookup_weight(Tensor codes, Tensor books, Tensor? norm, Tensor? columns, Tensor? dense, Tensor work, int[] plan)"
+    " -> Tensor",
+    "lookup_by_count(Tensor x, Tensor codes, Tensor books, Tensor work, Tensor stream_codes, Tensor stream_books, "
+    "Tensor stream_work, Tensor? norm, Tensor? columns, Tensor? dense, Tensor? bias, int[] plan, int[] stream_plan)"
     " -> Tensor",
     "pack_sliced(Tensor words, int columns, int bits, int shift, int width, int slices, int tiles) -> (Tensor, Tensor)",
     "pack_resident(Tensor words, int columns, int bits, int shift, int width, int res_shift, int res_width, int kind, "
@@ -45,6 +49,29 @@ def lookup_linear(
     return torch.ops.vllm_vptq.lookup_linear(x, codes, books, norm, columns, dense, bias, work, plan)
 
 
+def lookup_by_count(
+    x: Tensor,
+    codes: Tensor,
+    books: Tensor,
+    work: Tensor,
+    stream_codes: Tensor,
+    stream_books: Tensor,
+    stream_work: Tensor,
+    norm: Tensor | None,
+    columns: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    plan: Sequence[int],
+    stream_plan: Sequence[int],
+) -> Tensor:
+    """``lookup_linear``: by ``plan`` for as many tokens as that says, by ``stream_plan`` for more.
+
+    The tensors are those of ``layouts.paired.PairedLayout``.
+    """
+    few, many = (codes, books, work), (stream_codes, stream_books, stream_work)
+    return torch.ops.vllm_vptq.lookup_by_count(x, *few, *many, norm, columns, dense, bias, plan, stream_plan)
+
+
 def lookup_weight(
     codes: Tensor,
     books: Tensor,
@@ -66,10 +93,48 @@ def _fake_linear(
     columns: Tensor | None,
     dense: Tensor | None,
     bias: Tensor | None,
-    work_: Tensor,
+    work: Tensor,
     plan: Sequence[int],
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], work.out_features(plan))
+    return x.new_empty(*x.shape[:-1], jobs.out_features(plan))
+
+
+def _by_count(
+    x: Tensor,
+    codes: Tensor,
+    books: Tensor,
+    work: Tensor,
+    stream_codes: Tensor,
+    stream_books: Tensor,
+    stream_work: Tensor,
+    norm: Tensor | None,
+    columns: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    plan: Sequence[int],
+    stream_plan: Sequence[int],
+) -> Tensor:
+    if x.shape[:-1].numel() <= jobs.direct_tokens(plan):
+        return lookup_linear(x, codes, books, norm, columns, dense, work, bias, plan)
+    return lookup_linear(x, stream_codes, stream_books, norm, columns, dense, stream_work, bias, stream_plan)
+
+
+def _fake_by_count(
+    x: Tensor,
+    codes: Tensor,
+    books: Tensor,
+    work: Tensor,
+    stream_codes: Tensor,
+    stream_books: Tensor,
+    stream_work: Tensor,
+    norm: Tensor | None,
+    columns: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    plan: Sequence[int],
+    stream_plan: Sequence[int],
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], jobs.out_features(plan))
 
 
 def _fake_weight(
@@ -78,10 +143,10 @@ def _fake_weight(
     norm: Tensor | None,
     columns: Tensor | None,
     dense: Tensor | None,
-    work_: Tensor,
+    work: Tensor,
     plan: Sequence[int],
 ) -> Tensor:
-    return books.new_empty(work.out_features(plan), work.in_features(plan))
+    return books.new_empty(jobs.out_features(plan), jobs.in_features(plan))
 
 
 # An op can be defined once in a process, and a module be imported twice.
@@ -90,3 +155,5 @@ if not hasattr(torch.ops.vllm_vptq, "lookup_linear"):
         _library.define(definition)
     torch.library.register_fake("vllm_vptq::lookup_linear", _fake_linear, lib=_library)
     torch.library.register_fake("vllm_vptq::lookup_weight", _fake_weight, lib=_library)
+    torch.library.register_fake("vllm_vptq::lookup_by_count", _fake_by_count, lib=_library)
+    _library.impl("lookup_by_count", _by_count, "CUDA")

@@ -31,7 +31,7 @@ struct Job {
   int vector_len, plane;  // compact: elements plane * 8 .. of every vector
   int index_bits, res_bits;
   int shift;       // dot: offset in `norm` of what to multiply by, or -1 for ones
-  int unused[2];
+  int padding[2];  // to a multiple of 16 bytes
 };
 static_assert(sizeof(Job) == 96, "24 int32");
 

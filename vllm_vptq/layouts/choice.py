@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError, cuda_extension
-from vllm_vptq.layouts import compact, stationary, streams
+from vllm_vptq.layouts import compact, paired, stationary, streams
 from vllm_vptq.parameters import ModuleShard
 
 logger = logging.getLogger("vllm." + __name__)  # vLLM's handler shows it
@@ -31,25 +31,31 @@ FREE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """How a layer is laid out, without its tensors, which are parameters of the layer."""
+    """How a layer is laid out, without its tensors, which are parameters of the layer.
+
+    ``apply`` is the one op of the layer; ``plans`` are its plans by the names of their arguments.
+    """
 
     name: str
-    native: bool
-    plan: tuple[int, ...]
+    apply_op: Callable[..., Tensor]
+    plans: tuple[tuple[str, tuple[int, ...]], ...]
     in_features: int
     weights: int
     tensor_names: tuple[str, ...]
 
     def apply(self, x: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> Tensor:
-        """``y [..., out_features]`` of ``x [..., in_features]``, by the one op of the layer."""
-        if self.native:
-            return gpu.lookup_linear(x, **tensors, bias=bias, plan=self.plan)
-        return ops.linear(x, **tensors, bias=bias, plan=self.plan)
+        """``y [..., out_features]`` of ``x [..., in_features]``."""
+        return self.apply_op(x, **tensors, bias=bias, **dict(self.plans))
 
     def weight(self, **tensors: Tensor | None) -> Tensor:
         """The dense weight ``[out_features, in_features]``."""
-        if self.native:
-            return gpu.lookup_weight(**tensors, plan=self.plan)
+        plans = dict(self.plans)
+        if self.apply_op is gpu.lookup_linear:
+            return gpu.lookup_weight(**tensors, plan=plans["plan"])
+        if self.apply_op is gpu.lookup_by_count:
+            shared = {name: tensors[name] for name in ("norm", "columns", "dense")}
+            streams_ = {name: tensors[f"stream_{name}"] for name in ("codes", "books", "work")}
+            return gpu.lookup_weight(**streams_, **shared, plan=plans["stream_plan"])
         device = next(t.device for t in tensors.values() if t is not None)
         return self.apply(torch.eye(self.in_features, device=device), None, **tensors).T
 
@@ -61,22 +67,36 @@ def build(
 
     RuntimeError with the remedy if only a slow way would be left that nobody asked for.
     """
-    in_features = shards[0].in_features
-    native = device.type != "cpu" and _native(name, dtype)
-    if not native:
-        made: Any = compact.build(shards, dtype, device)
-        kind = "compact"
-    else:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        kind = layout or _choose(device)
-        direct_tokens = crossover(device, kind, shards)
-        if kind == "stationary":
-            made = stationary.build(shards, dtype, device, processors, direct_tokens)
-        else:
-            made = streams.build(compact.build(shards, dtype, device), in_features, processors, direct_tokens)
+    if device.type == "cpu" or not _native(name, dtype):
+        return _of("compact", ops.linear, compact.build(shards, dtype, device), shards)
+    kind = layout or _choose(device)
+    return lay_out(kind, shards, dtype, device, crossover(device, kind, shards))
+
+
+def lay_out(
+    kind: str, shards: Sequence[ModuleShard], dtype: torch.dtype, device: torch.device, direct_tokens: int
+) -> tuple[LayerLayout, dict[str, Tensor | None]]:
+    """Lays shards out for the CUDA kernels; calls of up to ``direct_tokens`` look weights up, others decode them."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if kind == "compact":
+        small = compact.build(shards, dtype, device)
+        made = streams.build(small, shards[0].in_features, processors, direct_tokens)
+        return _of(kind, gpu.lookup_linear, made, shards)
+    if stationary.crossover_class(shards) == stationary.DECODES_WELL:
+        alone = stationary.build(shards, dtype, device, processors, direct_tokens)
+        return _of(kind, gpu.lookup_linear, alone, shards)
+    pair = paired.build(shards, dtype, device, processors, direct_tokens)
+    return _of(kind, gpu.lookup_by_count, pair, shards)
+
+
+def _of(
+    kind: str, apply_op: Callable[..., Tensor], made: Any, shards: Sequence[ModuleShard]
+) -> tuple[LayerLayout, dict[str, Tensor | None]]:
     tensors: dict[str, Tensor | None] = made.tensors()
+    plans = tuple((name, tuple(getattr(made, name))) for name in ("plan", "stream_plan") if hasattr(made, name))
+    in_features = shards[0].in_features
     weights = sum(shard.out_features for shard in shards) * in_features
-    return LayerLayout(kind, native, tuple(made.plan), in_features, weights, tuple(tensors)), tensors
+    return LayerLayout(kind, apply_op, plans, in_features, weights, tuple(tensors)), tensors
 
 
 class Resident:

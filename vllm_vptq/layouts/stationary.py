@@ -38,6 +38,7 @@ SLICED_BYTES = (SLICE_ROWS + 2 * (TILE_COLUMNS + 8)) * 16
 """A slice and activations."""
 CLASSES = ("stationary unaligned", "stationary sliced", "stationary resident")
 """Of layers, by how fast their weights are decoded; the slowest first."""
+DECODES_WELL = CLASSES[-1]
 TOKENS = (8, 16)
 """Most tokens of a call, one entry per variant."""
 

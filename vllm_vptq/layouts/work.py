@@ -48,8 +48,8 @@ class Job:
     index_bits: int = 0
     res_bits: int = 0
     shift: int = ABSENT
-    unused: int = 0
-    unused_too: int = 0
+    padding: int = 0
+    more_padding: int = 0
 
     def numbers(self) -> list[int]:
         return list(astuple(self))
@@ -165,6 +165,11 @@ def out_features(plan: Sequence[int]) -> int:
 def in_features(plan: Sequence[int]) -> int:
     """Inputs of the layer a plan is of."""
     return plan[2]
+
+
+def direct_tokens(plan: Sequence[int]) -> int:
+    """The most tokens of a call that looks weights up rather than decoding them."""
+    return plan[4]
 
 
 @dataclass
