@@ -287,7 +287,9 @@ def _pass(
 
 
 def _plane(book: Tensor, plane: int) -> Tensor:
-    """Elements ``8 * plane`` .. of every entry, as rows of 8."""
+    """Elements ``8 * plane`` .. of every entry, as rows of 8; the book itself if it has no others, that pieces share it."""
+    if book.shape[1] == 8 and book.is_contiguous():
+        return book
     elements = book[:, 8 * plane : 8 * plane + 8]
     return torch.nn.functional.pad(elements, (0, 8 - elements.shape[1])).contiguous()
 

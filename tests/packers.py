@@ -1,0 +1,202 @@
+"""The CUDA ops that pack the stationary layout, for the CPU; the plan as the C++ side reads it, and its limits.
+
+Importing this file registers ``pack_sliced`` and ``pack_resident`` for the CPU. What they may choose is random here:
+the order of the entries of a list, and the image of a book that a code names. So whoever reads the result can only rely
+on what every packing has in common.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vllm_vptq.gpu  # noqa: F401  # defines the ops
+from vllm_vptq.layouts import work
+from vllm_vptq.layouts.work import ABSENT, Kind
+
+WARPS, WARP_COLUMNS, SHARED_BYTES = 16, 256, 227 * 1024
+SLICE_BITS, SLICE_ROWS = 13, 8192
+TILE_COLUMNS, TILE_ROWS, SPAN_TILES = 2048, 2056, 2
+STEPS = {Kind.BYTES: 16, Kind.BYTE_PAIRS: 8, Kind.SHORTS: 8}
+LANES = np.arange(32)
+LANE_OF_ROW = LANES & ~24 | (LANES & 8) << 1 | (LANES & 16) >> 1
+HIGH, LOW = 0xFFF80000, 0x7FFFF
+"""The bits of an entry with its column, and those with its row of the slice."""
+
+# ---------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def stream(words: Tensor, columns: int, bits: int, shift: int, width: int) -> np.ndarray:
+    """``width`` bits at ``shift`` of the merged indices, ``[rows, columns]``, as csrc/cuda/stream.cuh reads them.
+
+    It reads one word more than there are; where the storage has none, as_strided raises.
+    """
+    rows, row_words = words.shape
+    assert words.is_contiguous() and 1 <= bits <= 32
+    flat = torch.as_strided(words, (words.numel() + 1,), (1,)).numpy().view(np.uint32).astype(np.uint64)
+    at = np.arange(columns) * bits
+    first = np.arange(rows)[:, None] * row_words + at // 32
+    merged = (flat[first] | flat[first + 1] << np.uint64(32)) >> (at % 32).astype(np.uint64)
+    return (merged >> np.uint64(shift)).astype(np.int64) & ((1 << width) - 1)
+
+
+def pack_sliced(
+    words: Tensor, columns: int, bits: int, shift: int, width: int, slices: int, tiles: int
+) -> tuple[Tensor, Tensor]:
+    """Lists ``[slices, rows, tiles]`` of entries, and where each begins, in groups of 32 entries."""
+    index, rows = stream(words, columns, bits, shift, width), words.shape[0]
+    row, column = (a.reshape(-1) for a in np.indices(index.shape))
+    index = index.reshape(-1)
+    key = ((index >> SLICE_BITS) * rows + row) * tiles + column // TILE_COLUMNS
+    counts = np.bincount(key, minlength=slices * rows * tiles)
+    assert len(counts) == slices * rows * tiles, "an index beyond the slices, or a column beyond the tiles"
+    offsets = np.concatenate([[0], np.cumsum(-(-counts // 32))])
+    # Padding everywhere at first: the row of zeros behind a tile's activations.
+    tile = np.repeat(np.arange(len(counts)) % tiles, np.diff(offsets) * 32)
+    entries = (tile % SPAN_TILES * TILE_ROWS + TILE_COLUMNS) << 19
+    order = np.lexsort((np.random.default_rng(0).permutation(len(key)), key))
+    place = offsets[key[order]] * 32 + np.arange(len(key)) - (np.cumsum(counts) - counts)[key[order]]
+    made = (column // TILE_COLUMNS % SPAN_TILES * TILE_ROWS + column % TILE_COLUMNS) << 19
+    entries[place] = (made | (index & (SLICE_ROWS - 1)) << 2)[order]
+    groups = entries.reshape(-1, 32)
+    return _int32((groups & HIGH) | (groups[:, LANE_OF_ROW] & LOW)), _int32(offsets)
+
+
+def pack_resident(
+    words: Tensor,
+    columns: int,
+    bits: int,
+    shift: int,
+    width: int,
+    res_shift: int,
+    res_width: int,
+    kind: int,
+    loads: int,
+    book_rows: int,
+    copies: int,
+) -> Tensor:
+    """Codes ``[ceil(rows / 2), loads, 32, 4]`` in the order that lanes load them."""
+    rows, steps = words.shape[0], STEPS[Kind(kind)]
+    assert columns <= loads * steps * 16
+    whole = np.zeros((-(-rows // 2) * 2, loads * steps * 16), np.int64)
+    place = resident_place(np.arange(len(whole) // 2), loads, steps)
+    whole[:rows, :columns] = stream(words, columns, bits, shift, width)
+    code = whole[place]
+    assert code.max() < book_rows
+    if kind == Kind.SHORTS:
+        image = np.random.default_rng(0).integers(copies, size=code.shape)
+        code = np.choose(image, [image_row(code, i, book_rows) for i in range(copies)])
+    if kind == Kind.BYTE_PAIRS:
+        whole[:rows, :columns] = stream(words, columns, bits, res_shift, res_width)
+        code |= whole[place] << 8
+    per_word = steps // 4
+    code = code.reshape(*code.shape[:3], 4, per_word)
+    return _int32((code << 32 // per_word * np.arange(per_word)).sum(-1))
+
+
+def resident_place(pairs: np.ndarray, loads: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vector row and column of the codes ``[pairs, loads, 32, steps]`` of row pairs, to be broadcast."""
+    row = 2 * pairs[:, None, None, None] + (LANES >> 3 & 1)[:, None]
+    step = np.arange(loads * steps).reshape(1, loads, 1, steps)
+    return row, step * 16 + (LANES % 8 + LANES // 16 * 8)[:, None]
+
+
+def image_row(row: np.ndarray, image: int, rows: int) -> np.ndarray:
+    """Row of shared memory of entry ``row`` in image ``image`` of a book of ``rows``."""
+    swap = row >> 3 * image if image else 0
+    return image * round8(rows) + ((row & ~7) | ((row ^ swap) & 7))
+
+
+def round8(n: int) -> int:
+    return -(-n // 8) * 8
+
+
+def _int32(values: np.ndarray) -> Tensor:
+    assert values.size == 0 or (values.min() >= 0 and values.max() < 1 << 32)
+    return torch.from_numpy(values.astype(np.uint32).view(np.int32).reshape(-1).copy())
+
+
+_library = torch.library.Library("vllm_vptq", "IMPL", "CPU")
+for _op in (pack_sliced, pack_resident):
+    # An op can have one implementation in a process, and a module be imported twice.
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vllm_vptq::{_op.__name__}", "CPU"):
+        _library.impl(_op.__name__, _op)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plan
+
+_SIZES = {work.Job: 24, work.Part: 8, work.Module: 8}
+
+
+class Plan:
+    """The plan and the records in ``work``, read as csrc/bindings.cpp does."""
+
+    def __init__(self, words: list[int], numbers: list[int]) -> None:
+        rest = iter(numbers)
+
+        def take(*names: str) -> SimpleNamespace:
+            return SimpleNamespace(**{name: next(rest) for name in names})
+
+        def here(kind: type, count: int) -> list:
+            return [kind(*(next(rest) for _ in range(_SIZES[kind]))) for _ in range(count)]
+
+        def stored(kind: type, at: int, count: int) -> list:
+            size = _SIZES[kind]
+            assert at >= 0 and at + count * size <= len(words)
+            return [kind(*words[i : i + size]) for i in range(at, at + count * size, size)]
+
+        head = take("stationary", "out_features", "in_features", "shared_bytes", "direct_tokens")
+        assert head.stationary == 1
+        self.out_features, self.in_features, self.shared_bytes = head.out_features, head.in_features, head.shared_bytes
+        sizes = take("variants", "modules", "parts")
+        self.variants = []
+        for _ in range(sizes.variants):
+            v = take("max_tokens", "stride", "jobs_at", "starts_at", "thread_blocks", "modules_at", "parts_at")
+            v.modules, v.parts = here(work.Module, sizes.modules), here(work.Part, sizes.parts)
+            # On the device too, for layers of many modules.
+            assert v.modules == stored(work.Module, v.modules_at, sizes.modules)
+            assert v.parts == stored(work.Part, v.parts_at, sizes.parts)
+            starts = words[v.starts_at : v.starts_at + v.thread_blocks + 1]
+            assert len(starts) == v.thread_blocks + 1 and starts[0] == 0 and starts == sorted(starts)
+            jobs = stored(work.Job, v.jobs_at, starts[-1])
+            v.jobs = [jobs[lo:hi] for lo, hi in pairwise(starts)]
+            self.variants.append(v)
+        sources = [take("jobs_at", "count") for _ in range(sizes.parts)]
+        self.sources = [stored(work.Job, s.jobs_at, s.count) for s in sources]
+        self.dense = [take("out_begin", "rows", "offset") for _ in range(next(rest))]
+        assert next(rest, None) is None
+
+    def check_limits(self, processors: int) -> None:
+        """What the kernels count on without looking."""
+        assert self.shared_bytes <= SHARED_BYTES and self.shared_bytes % 16 == 0
+        assert [v.max_tokens for v in self.variants] == [8, 16]
+        for v in self.variants:
+            assert 0 < len(v.jobs) <= processors and all(v.jobs)
+            step = TILE_COLUMNS * (2 if v.max_tokens == 8 else 1)
+            for job in (job for jobs in v.jobs for job in jobs):
+                columns = job.column_end - job.column_begin
+                assert columns > 0
+                if job.kind == Kind.DOT:
+                    continue
+                assert job.row_begin < job.row_end
+                if job.kind == Kind.SLICED:
+                    assert columns <= step and job.column_begin % step == 0 and job.book_rows <= SLICE_ROWS
+                else:
+                    assert columns <= WARPS * WARP_COLUMNS and job.column_begin % (STEPS[Kind(job.kind)] * 16) == 0
+
+
+class Shared:
+    """Shared memory of a thread block, in rows of 16 bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.rows = np.full((size // 16, 8), np.nan)
+        self.held = ABSENT
+
+    def put(self, at: np.ndarray, values: np.ndarray) -> None:
+        assert at.max() < len(self.rows), "beyond the shared memory of a block"
+        self.rows[at] = values
