@@ -287,7 +287,7 @@ def _pass(
 
 
 def _plane(book: Tensor, plane: int) -> Tensor:
-    """Elements ``8 * plane`` .. of every entry, as rows of 8; the book itself, shared by pieces, if it has no others."""
+    """Elements ``8 * plane`` .. of every entry, as rows of 8. Pieces of a module share a book that has no others."""
     if book.shape[1] == 8 and book.is_contiguous():
         return book
     elements = book[:, 8 * plane : 8 * plane + 8]
