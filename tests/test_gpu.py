@@ -175,6 +175,12 @@ def test_shapes(shape, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_outputs_than_are_decoded_at_a_time(layout):
+    layer = Layer([LayerSpec(20000, 3700, **FORMATS["v8-k256-256"], **EXTRAS["row norm"])], torch.float16, layout)
+    layer.check(layer.tokens(100))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-4096"])
 def test_deterministic_and_rows_alone(name, layout):
     layer = Layer([LayerSpec(4500, 264, **FORMATS[name])], torch.float16, layout)
