@@ -37,8 +37,7 @@ from tests.shards import CPU
 from tests.strategies import few, random_tensors, specs
 from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import compact, paired, stationary
-from vllm_vptq.layouts.stationary import StationaryLayout
-from vllm_vptq.layouts.work import ABSENT, Job, Kind, Module
+from vllm_vptq.layouts.work import ABSENT, Job, Kind, LookupLayout, Module
 from vllm_vptq.parameters import ModuleShard, Range, cut_module
 
 Vectors = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -47,7 +46,7 @@ Vectors = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
 class Kernels:
     """A layer as the GPU sees it."""
 
-    def __init__(self, layout: StationaryLayout) -> None:
+    def __init__(self, layout: LookupLayout) -> None:
         self.tensors = {n: t.numpy() for n, t in layout.tensors().items() if t is not None and n != "books"}
         assert layout.codes.dtype == layout.work.dtype == torch.int32 and layout.books.dtype.itemsize == 2
         self.tensors["codes"] = self.tensors["codes"].view(np.uint32).astype(np.int64)

@@ -8,6 +8,7 @@ between two layouts of a layer; an op of its own, because the count is symbolic 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,7 @@ def lookup_linear(
 ) -> Tensor:
     """``y [..., out_features]`` of ``x [..., in_features]`` (float16 or bfloat16) through a layer on a GPU.
 
-    The tensors and ``plan`` are those of ``layouts.stationary.StationaryLayout`` or ``layouts.streams.StreamsLayout``;
-    ``bias`` is ``[out_features]`` or None.
+    The tensors and ``plan`` are those of ``layouts.work.LookupLayout``; ``bias`` is ``[out_features]`` or None.
     """
     return torch.ops.vllm_vptq.lookup_linear(x, codes, books, norm, columns, dense, bias, work, plan)
 
@@ -85,20 +85,6 @@ def lookup_weight(
     return torch.ops.vllm_vptq.lookup_weight(codes, books, norm, columns, dense, work, plan)
 
 
-def _fake_linear(
-    x: Tensor,
-    codes: Tensor,
-    books: Tensor,
-    norm: Tensor | None,
-    columns: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    work: Tensor,
-    plan: Sequence[int],
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], jobs.out_features(plan))
-
-
 def _by_count(
     x: Tensor,
     codes: Tensor,
@@ -119,41 +105,20 @@ def _by_count(
     return lookup_linear(x, stream_codes, stream_books, norm, columns, dense, stream_work, bias, stream_plan)
 
 
-def _fake_by_count(
-    x: Tensor,
-    codes: Tensor,
-    books: Tensor,
-    work: Tensor,
-    stream_codes: Tensor,
-    stream_books: Tensor,
-    stream_work: Tensor,
-    norm: Tensor | None,
-    columns: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    plan: Sequence[int],
-    stream_plan: Sequence[int],
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], jobs.out_features(plan))
+# The last argument of the ops that use a layer is a plan.
+def _fake_product(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], jobs.out_features(rest[-1]))
 
 
-def _fake_weight(
-    codes: Tensor,
-    books: Tensor,
-    norm: Tensor | None,
-    columns: Tensor | None,
-    dense: Tensor | None,
-    work: Tensor,
-    plan: Sequence[int],
-) -> Tensor:
-    return books.new_empty(jobs.out_features(plan), jobs.in_features(plan))
+def _fake_weight(codes: Tensor, books: Tensor, *rest: Any) -> Tensor:
+    return books.new_empty(jobs.out_features(rest[-1]), jobs.in_features(rest[-1]))
 
 
 # An op can be defined once in a process, and a module be imported twice.
 if not hasattr(torch.ops.vllm_vptq, "lookup_linear"):
     for definition in _DEFINITIONS:
         _library.define(definition)
-    torch.library.register_fake("vllm_vptq::lookup_linear", _fake_linear, lib=_library)
+    torch.library.register_fake("vllm_vptq::lookup_linear", _fake_product, lib=_library)
     torch.library.register_fake("vllm_vptq::lookup_weight", _fake_weight, lib=_library)
-    torch.library.register_fake("vllm_vptq::lookup_by_count", _fake_by_count, lib=_library)
+    torch.library.register_fake("vllm_vptq::lookup_by_count", _fake_product, lib=_library)
     _library.impl("lookup_by_count", _by_count, "CUDA")

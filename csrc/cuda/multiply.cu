@@ -1,4 +1,4 @@
-// One launch for a fused layer: every block takes one job, whatever its kind.
+// One launch for a fused layer: every block takes its jobs, whatever their kinds, one after the other.
 #include "resident.cuh"
 
 namespace vptq {

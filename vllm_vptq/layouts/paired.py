@@ -21,8 +21,8 @@ from vllm_vptq.parameters import ModuleShard
 class PairedLayout:
     """The tensors of one layer on one rank, as ``gpu.lookup_by_count`` takes them.
 
-    ``codes``, ``books``, ``work`` and ``plan`` are those of ``StationaryLayout``; with ``stream_`` in front, those of
-    ``StreamsLayout``. Both read the same ``norm``, ``columns`` and ``dense``.
+    ``codes``, ``books``, ``work`` and ``plan`` are those of ``layouts.stationary``; with ``stream_`` in front, those of
+    ``layouts.streams``. Both read the same ``norm``, ``columns`` and ``dense``.
     """
 
     codes: Tensor

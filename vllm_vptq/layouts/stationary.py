@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vllm_vptq.layouts import work
 from vllm_vptq.layouts.flat import Flat
-from vllm_vptq.layouts.work import ABSENT, Decoding, Job, Kind, LayerWork, Module, Part, Unit, Variant
+from vllm_vptq.layouts.work import ABSENT, Job, Kind, LayerWork, LookupLayout, Module, Part, Unit, Variant
 from vllm_vptq.parameters import ModuleShard, Segment
 
 SLICE_BITS = 13
@@ -30,6 +30,8 @@ SPAN_COLUMNS = 2 * TILE_COLUMNS
 WARPS = 16
 WARP_COLUMNS = 256
 """Columns of a resident pass whose activations a warp holds."""
+COLUMNS_PER_LOAD = {Kind.BYTES: 256, Kind.BYTE_PAIRS: 128, Kind.SHORTS: 128}
+"""Columns whose codes, for a pair of rows, a warp gets by one load of 16 bytes a lane."""
 EXCHANGE_BYTES = 32 * 1024
 """Buffers in which sums of the warps are added."""
 IMAGE_BYTES = 192 * 1024
@@ -69,10 +71,6 @@ class Pass:
         return self.segment.words.shape[0]
 
     @property
-    def columns_per_load(self) -> int:
-        return 256 if self.kind == Kind.BYTES else 128
-
-    @property
     def shared_bytes(self) -> int:
         return SLICED_BYTES if self.kind == Kind.SLICED else EXCHANGE_BYTES + self.images_bytes
 
@@ -81,43 +79,23 @@ class Pass:
         return (_round8(self.book_rows) + _round8(self.res_rows)) * 16 * self.copies
 
 
-@dataclass(frozen=True)
-class StationaryLayout:
-    """The tensors of one layer on one rank, as ``gpu.lookup_linear`` takes them; see ``layouts.work`` for the plan.
-
-    ``codes`` int32: packed indices and lists. ``books``: activation dtype, rows of 8 elements. ``norm`` float32,
-    ``columns`` int32, ``dense``: as in the compact layout. ``work`` int32: jobs.
-    """
-
-    codes: Tensor
-    books: Tensor
-    norm: Tensor | None
-    columns: Tensor | None
-    dense: Tensor | None
-    work: Tensor
-    plan: list[int]
-
-    def tensors(self) -> dict[str, Tensor | None]:
-        """The tensors by name, in the order ``gpu.lookup_linear`` takes them."""
-        return {name: getattr(self, name) for name in ("codes", "books", "norm", "columns", "dense", "work")}
-
-
 def build(
     shards: Sequence[ModuleShard], dtype: torch.dtype, device: torch.device, processors: int, direct_tokens: int
-) -> StationaryLayout:
+) -> LookupLayout:
     """Packs the shards of a layer, whose outputs follow each other, for a GPU with ``processors`` multiprocessors.
 
+    ``books`` are rows of 8 elements, in as many planes as a vector needs.
     Calls of up to ``direct_tokens`` look weights up; larger ones decode them and leave the product to cuBLAS.
     """
     codes, books = Flat(torch.int32), Flat(dtype)
     norm, columns, dense = Flat(torch.float32), Flat(torch.int32), Flat(dtype)
     variants = [Variant(tokens) for tokens in TOKENS]
     units: list[list[Unit]] = [[] for _ in variants]
-    decodings: list[Decoding] = []
+    decodings: list[list[Job]] = []
     dense_modules: list[tuple[int, int, int]] = []
     shared, start = 0, 0
     for shard in shards:
-        end, place = start + shard.out_features, norm_place(shard, norm)
+        end, place = start + shard.out_features, _norm_place(shard, norm)
         first_part = len(decodings)
         if shard.dense is not None:
             dense_modules.append((start, shard.out_features, dense.add(shard.dense)))
@@ -127,7 +105,7 @@ def build(
                 shared = max(shared, pass_.shared_bytes)
                 for variant, list_ in zip(variants, units, strict=True):
                     list_ += _units(pass_, variant, place, column_list, processors)
-                decodings.append(Decoding(_decoding_jobs(pass_, place, column_list, processors)))
+                decodings.append(_decoding_jobs(pass_, place, column_list, processors))
         for variant, list_ in zip(variants, units, strict=True):
             module, dot = _module(shard, start, end, (first_part, len(decodings)), place, variant)
             variant.modules.append(module)
@@ -146,7 +124,7 @@ def build(
         dense=dense_modules,
     )
     work_tensor, plan = layer.encode(device)
-    return StationaryLayout(
+    return LookupLayout(
         codes=codes.tensor(device),
         books=books.tensor(device),
         norm=norm.optional(),
@@ -188,7 +166,7 @@ class NormPlace:
         return ABSENT if self.rows else self.shift
 
 
-def norm_place(shard: ModuleShard, norm: Flat) -> NormPlace:
+def _norm_place(shard: ModuleShard, norm: Flat) -> NormPlace:
     """Stores a shard's norm."""
     if shard.scale is None or shard.shift is None:
         return NormPlace(ABSENT, ABSENT, False)
@@ -228,7 +206,7 @@ def _passes(segment: Segment, codes: Flat, books: Flat) -> list[Pass]:
             continue
         residual = books.add(_plane(segment.res_book, plane))
         if segment.index_bits <= 8 and segment.res_bits <= 8:
-            loads = -(-segment.num_columns // 128)
+            loads = -(-segment.num_columns // COLUMNS_PER_LOAD[Kind.BYTE_PAIRS])
             packed = torch.ops.vllm_vptq.pack_resident(
                 words,
                 segment.num_columns,
@@ -279,7 +257,7 @@ def _pass(
         return Pass(Kind.SLICED, segment, plane, res, codes.add(entries), 0, at // 8, rows, lists=lists)
     kind = Kind.BYTES if width <= 8 else Kind.SHORTS
     copies = 8 if kind == Kind.BYTES else max(1, min(3, IMAGE_BYTES // (16 * _round8(rows))))
-    loads = -(-segment.num_columns // (256 if kind == Kind.BYTES else 128))
+    loads = -(-segment.num_columns // COLUMNS_PER_LOAD[kind])
     packed = torch.ops.vllm_vptq.pack_resident(
         words, segment.num_columns, bits, shift, width, 0, 0, int(kind), loads, rows, copies
     )
@@ -330,7 +308,7 @@ def _column_ranges(pass_: Pass, tokens: int, processors: int) -> list[tuple[int,
     if pass_.kind == Kind.SLICED:
         step = SPAN_COLUMNS if tokens <= 8 else TILE_COLUMNS
         return [(lo, min(columns, lo + step)) for lo in range(0, columns, step)]
-    per_load = pass_.columns_per_load
+    per_load = COLUMNS_PER_LOAD[pass_.kind]
     loads, most = -(-columns // per_load), WARPS * WARP_COLUMNS // per_load
     splits = -(-loads // most)
     while -(-pass_.rows // 2) * splits < processors // 2 and loads // splits >= 2 * WARPS:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
 from vllm_vptq.layouts.compact import CompactLayout
 from vllm_vptq.layouts.plan import ABSENT, NORM_COLUMNS, NORM_ROWS, ModulePlan, SegmentPlan, decode
-from vllm_vptq.layouts.work import Decoding, Job, Kind, LayerWork, Module, Part, Variant
+from vllm_vptq.layouts.work import Job, Kind, LayerWork, LookupLayout, Module, Part, Variant
 
 TOKENS = 8
 """Most tokens of one launch."""
@@ -19,27 +15,10 @@ _LEAST_COLUMNS = 1024
 """Of a job: 32 for each lane, that the reduction at the end is worth it."""
 
 
-@dataclass(frozen=True)
-class StreamsLayout:
-    """The tensors of one layer on one rank, as ``gpu.lookup_linear`` takes them; see ``CompactLayout``."""
-
-    codes: Tensor
-    books: Tensor
-    norm: Tensor | None
-    columns: Tensor | None
-    dense: Tensor | None
-    work: Tensor
-    plan: list[int]
-
-    def tensors(self) -> dict[str, Tensor | None]:
-        """The tensors by name, in the order ``gpu.lookup_linear`` takes them."""
-        return {name: getattr(self, name) for name in ("codes", "books", "norm", "columns", "dense", "work")}
-
-
-def build(layout: CompactLayout, in_features: int, processors: int, direct_tokens: int) -> StreamsLayout:
+def build(layout: CompactLayout, in_features: int, processors: int, direct_tokens: int) -> LookupLayout:
     """Adds the jobs for a GPU with ``processors`` multiprocessors to a compact layout."""
     variant = Variant(TOKENS)
-    decodings: list[Decoding] = []
+    decodings: list[list[Job]] = []
     dense: list[tuple[int, int, int]] = []
     modules = decode(layout.plan)
     rows = sum(segment.vector_rows for module in modules for segment in module.segments)
@@ -74,11 +53,16 @@ def build(layout: CompactLayout, in_features: int, processors: int, direct_token
         dense=dense,
     )
     work, plan = layer.encode(layout.qweight.device)
-    return StreamsLayout(layout.qweight, layout.codebooks, layout.norm, layout.columns, layout.dense, work, plan)
+    return LookupLayout(layout.qweight, layout.codebooks, layout.norm, layout.columns, layout.dense, work, plan)
 
 
 def _add_segment(
-    module: ModulePlan, segment: SegmentPlan, in_features: int, variant: Variant, decodings: list[Decoding], splits: int
+    module: ModulePlan,
+    segment: SegmentPlan,
+    in_features: int,
+    variant: Variant,
+    decodings: list[list[Job]],
+    splits: int,
 ) -> None:
     step = max(_LEAST_COLUMNS, -(-segment.num_columns // splits) + 31 & ~31)
     ranges = [(lo, min(segment.num_columns, lo + step)) for lo in range(0, segment.num_columns, step)]
@@ -90,9 +74,7 @@ def _add_segment(
         for split, (begin, end) in enumerate(ranges):
             for row in range(0, segment.vector_rows, _ROWS_PER_JOB):
                 variant.jobs.append([_job(segment, plane, scale, in_features, begin, end, row, at + split * sums)])
-        decodings.append(
-            Decoding([_job(segment, plane, scale, in_features, 0, segment.num_columns, 0, at, whole=True)])
-        )
+        decodings.append([_job(segment, plane, scale, in_features, 0, segment.num_columns, 0, at, whole=True)])
 
 
 def _job(

@@ -23,7 +23,16 @@ class Kind(IntEnum):
 
 
 @dataclass
-class Job:
+class Record:
+    """Some int32 that a kernel reads as a struct."""
+
+    def numbers(self) -> list[int]:
+        """The fields in their order."""
+        return list(astuple(self))
+
+
+@dataclass
+class Job(Record):
     """A thread block's piece of work: the fields of ``vptq::Job``, in its order."""
 
     kind: int
@@ -51,12 +60,9 @@ class Job:
     padding: int = 0
     more_padding: int = 0
 
-    def numbers(self) -> list[int]:
-        return list(astuple(self))
-
 
 @dataclass
-class Part:
+class Part(Record):
     """Sums that belong to the same outputs: ``vptq::Part``."""
 
     out: int
@@ -68,12 +74,9 @@ class Part:
     adds: int = 0
     added_to: int = 0
 
-    def numbers(self) -> list[int]:
-        return list(astuple(self))
-
 
 @dataclass
-class Module:
+class Module(Record):
     """One module's outputs: ``vptq::Module``."""
 
     out_begin: int
@@ -84,9 +87,6 @@ class Module:
     scale: int = ABSENT
     shift: int = ABSENT
     dense: int = 0
-
-    def numbers(self) -> list[int]:
-        return list(astuple(self))
 
 
 @dataclass
@@ -106,16 +106,34 @@ class Variant:
         return begin
 
 
-@dataclass
-class Decoding:
-    """Jobs that look up all weights of one part, for products with many tokens."""
+@dataclass(frozen=True)
+class LookupLayout:
+    """The tensors of one layer on one rank, as ``gpu.lookup_linear`` takes them, and its plan.
 
-    jobs: list[Job]
+    ``codes`` int32: indices, packed or in lists. ``books``: activation dtype. ``norm`` float32, ``columns`` int32,
+    ``dense`` activation dtype: as in the compact layout. ``work`` int32: records.
+    """
+
+    codes: Tensor
+    books: Tensor
+    norm: Tensor | None
+    columns: Tensor | None
+    dense: Tensor | None
+    work: Tensor
+    plan: list[int]
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The tensors by name, in the order ``gpu.lookup_linear`` takes them."""
+        return {name: getattr(self, name) for name in ("codes", "books", "norm", "columns", "dense", "work")}
 
 
 @dataclass
 class LayerWork:
-    """Everything the kernels are told about a layer. ``dense``: (first output, rows, offset) of dense modules."""
+    """Everything the kernels are told about a layer.
+
+    ``decodings``: for each part, jobs that look up all its weights, for products with many tokens. ``dense``: (first
+    output, rows, offset) of dense modules.
+    """
 
     stationary: bool
     out_features: int
@@ -123,14 +141,14 @@ class LayerWork:
     shared_bytes: int
     direct_tokens: int
     variants: list[Variant]
-    decodings: list[Decoding]
+    decodings: list[list[Job]]
     dense: list[tuple[int, int, int]]
 
     def encode(self, device: torch.device) -> tuple[Tensor, list[int]]:
         """The tensor ``work`` and the plan."""
         words: list[int] = []
 
-        def store(records: Sequence[Job] | Sequence[Part] | Sequence[Module]) -> int:
+        def store(records: Sequence[Record]) -> int:
             at = len(words)
             for record in records:
                 words.extend(record.numbers())
@@ -145,13 +163,12 @@ class LayerWork:
             for thread_block in v.jobs:
                 words.append(words[-1] + len(thread_block))
             plan += [v.max_tokens, v.stride, jobs, starts, len(v.jobs), store(v.modules), store(v.parts)]
-            plan += [n for module in v.modules for n in module.numbers()]
-            plan += [n for part in v.parts for n in part.numbers()]
+            plan += [n for record in (*v.modules, *v.parts) for n in record.numbers()]
         for decoding in self.decodings:
             if self.stationary:
-                plan += [store(decoding.jobs), len(decoding.jobs)]
+                plan += [store(decoding), len(decoding)]
             else:
-                (job,) = decoding.jobs
+                (job,) = decoding
                 plan += job.numbers()
         plan += [len(self.dense), *(n for entry in self.dense for n in entry)]
         return torch.tensor(words, dtype=torch.int32).to(device), plan
