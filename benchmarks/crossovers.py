@@ -42,8 +42,8 @@ def crossovers(rows: list[dict[str, Any]]) -> dict[str, int]:
 def _class(name: str, layout: str) -> str:
     if layout == "compact":
         return layout
-    v, k, r = parse_format(name)
-    return stationary.class_of(v, max(k, r))
+    _, k, r = parse_format(name)
+    return stationary.class_of(max(k, r))
 
 
 def main() -> None:

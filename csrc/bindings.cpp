@@ -29,42 +29,42 @@ Type type_of(const Tensor& x) {
 struct Plan {
   int64_t stationary, out_features, in_features, shared_bytes, direct_tokens;
   struct Variant {  // for calls of up to max_tokens; places in `work`; floats of workspace per token
-    int64_t max_tokens, stride, jobs_at, starts_at, thread_blocks, modules_at, parts_at;
+    int64_t max_tokens, wide, stride, jobs_at, starts_at, thread_blocks, modules_at, parts_at;
     std::vector<Module> modules;
     std::vector<Part> parts;
   };
-  struct Source {  // of one part's weights: jobs in `work`, or one job here
-    int64_t jobs_at = 0, count = 0;
-    Job job = {};
+  struct Decoding {  // of a part of a module's weights; the residual's kind is -1 if there is none
+    int64_t module;
+    Job job, residual;
+    Part part;
   };
   struct Dense {
     int64_t out_begin, rows, offset;
   };
   std::vector<Variant> variants;
-  std::vector<Source> sources;
+  std::vector<Decoding> decodings;
   std::vector<Dense> dense;
 
   explicit Plan(at::IntArrayRef numbers) : next_(numbers.begin()), end_(numbers.end()) {
     for (int64_t* field : {&stationary, &out_features, &in_features, &shared_bytes, &direct_tokens}) *field = take();
     variants.resize(take());
-    const int64_t modules = take(), parts = take();
+    const int64_t modules = take();
     for (auto& v : variants) {
       for (int64_t* field :
-           {&v.max_tokens, &v.stride, &v.jobs_at, &v.starts_at, &v.thread_blocks, &v.modules_at, &v.parts_at})
+           {&v.max_tokens, &v.wide, &v.stride, &v.jobs_at, &v.starts_at, &v.thread_blocks, &v.modules_at, &v.parts_at})
         *field = take();
+      const int64_t parts = take();
       v.modules.resize(modules);
       for (auto& m : v.modules) fill(m);
       v.parts.resize(parts);
       for (auto& p : v.parts) fill(p);
     }
-    sources.resize(parts);
-    for (auto& s : sources) {
-      if (stationary) {
-        s.jobs_at = take();
-        s.count = take();
-      } else {
-        fill(s.job);
-      }
+    decodings.resize(take());
+    for (auto& d : decodings) {
+      d.module = take();
+      fill(d.job);
+      fill(d.residual);
+      fill(d.part);
     }
     dense.resize(take());
     for (auto& d : dense) d = {take(), take(), take()};
@@ -110,52 +110,50 @@ struct Call {
       float* sums = workspace.mutable_data_ptr<float>();
       const Tokens part{static_cast<const char*>(x.const_data_ptr()) + first * x.size(1) * size, x.size(1), count};
       const Job* jobs = reinterpret_cast<const Job*>(at(v.jobs_at));
-      if (plan.stationary)
+      if (v.wide >= 0)
+        C10_CUDA_CHECK(multiply_wide(type, Kind(v.wide), layer, part, v.max_tokens, jobs, at(v.starts_at),
+                                     v.thread_blocks, sums, v.stride, plan.shared_bytes, stream));
+      else if (plan.stationary)
         C10_CUDA_CHECK(multiply(type, layer, part, jobs, at(v.starts_at), v.thread_blocks, sums, v.stride,
                                 plan.shared_bytes, stream));
       else
         C10_CUDA_CHECK(multiply_compact(type, layer, part, jobs, v.thread_blocks, sums, v.stride, stream));
       C10_CUDA_CHECK(finish(type, v.modules.data(), v.modules.size(), v.parts.data(), v.parts.size(),
                             reinterpret_cast<const Module*>(at(v.modules_at)),
-                            reinterpret_cast<const Part*>(at(v.parts_at)), sums, v.stride, layer.norm,
+                            reinterpret_cast<const Part*>(at(v.parts_at)), at(0), sums, v.stride, layer.norm,
                             bias ? bias->const_data_ptr() : nullptr,
                             static_cast<char*>(y.mutable_data_ptr()) + first * plan.out_features * size,
                             plan.out_features, count, stream));
     }
   }
 
-  // Weights of some outputs of a module: [in, count] of a transposed buffer, or [count, in].
-  void decode_window(const Module& module, Tensor& weight, const Window& window) const {
-    for (int p = module.part_begin; p < module.part_end; p++) {
-      const Plan::Source& source = plan.sources[p];
-      const Part& part = plan.variants.front().parts[p];
-      if (!plan.stationary) {
-        if (part.plane == 0)
-          C10_CUDA_CHECK(decode_compact(type, layer, source.job, module, part, weight.mutable_data_ptr(),
-                                        weight.stride(0), window, stream));
-        continue;
-      }
-      const bool accumulate = part.adds, last = !part.added_to;
-      C10_CUDA_CHECK(decode(type, layer, reinterpret_cast<const Job*>(at(source.jobs_at)), source.count, module,
-                            part, weight.mutable_data_ptr(), weight.stride(0), window, accumulate, last,
-                            plan.shared_bytes, stream));
+  // Weights [count, in] of some outputs of a module.
+  void decode_window(size_t index, Tensor& weight, const Window& window) const {
+    const Module& module = plan.modules()[index];
+    for (const auto& d : plan.decodings) {
+      if (d.module != static_cast<int64_t>(index)) continue;
+      if (plan.stationary)
+        C10_CUDA_CHECK(decode(type, layer, d.job, d.residual, module, d.part, weight.mutable_data_ptr(), weight.stride(0),
+                              window, stream));
+      else
+        C10_CUDA_CHECK(decode_compact(type, layer, d.job, module, d.part, weight.mutable_data_ptr(), weight.stride(0),
+                                      window, stream));
     }
   }
 
   void many(Tensor& y) const {
-    for (const Module& module : plan.modules()) {
+    for (size_t m = 0; m < plan.modules().size(); m++) {
+      const Module& module = plan.modules()[m];
       if (module.dense) continue;
       const int outputs = module.out_end - module.out_begin;
       int step = static_cast<int>(std::max<int64_t>(kDecodedBytes / 2 / plan.in_features / 128 * 128, 128));
       step = std::min(step, outputs);
-      Tensor buffer = plan.stationary ? at::empty({plan.in_features, (step + 7) / 8 * 8}, x.options())
-                                      : at::empty({step, plan.in_features}, x.options());
+      Tensor weight = at::empty({step, plan.in_features}, x.options());
       for (int begin = 0; begin < outputs; begin += step) {
         const Window window{begin, std::min(begin + step, outputs)};
-        decode_window(module, buffer, window);
+        decode_window(m, weight, window);
         const int count = window.end - window.begin;
-        const Tensor weight = plan.stationary ? buffer.narrow(1, 0, count) : buffer.narrow(0, 0, count).t();
-        product(y, module.out_begin + begin, count, weight);
+        product(y, module.out_begin + begin, count, weight.narrow(0, 0, count).t());
       }
     }
   }
@@ -217,17 +215,11 @@ Tensor lookup_weight(const Tensor& codes, const Tensor& books, const optional<Te
                     columns ? columns->const_data_ptr<int32_t>() : nullptr};
   const Call call{plan, books, work, type, layer, norm, dense, {}, c10::cuda::getCurrentCUDAStream()};
   Tensor weight = at::empty({plan.out_features, plan.in_features}, books.options());
-  for (const Module& module : plan.modules()) {
+  for (size_t m = 0; m < plan.modules().size(); m++) {
+    const Module& module = plan.modules()[m];
     if (module.dense) continue;
-    const int outputs = module.out_end - module.out_begin;
-    Tensor to = weight.narrow(0, module.out_begin, outputs);
-    if (plan.stationary) {
-      Tensor buffer = at::empty({plan.in_features, (outputs + 7) / 8 * 8}, books.options());
-      call.decode_window(module, buffer, {0, outputs});
-      to.copy_(buffer.narrow(1, 0, outputs).t());
-    } else {
-      call.decode_window(module, to, {0, outputs});
-    }
+    Tensor to = weight.narrow(0, module.out_begin, module.out_end - module.out_begin);
+    call.decode_window(m, to, {0, module.out_end - module.out_begin});
   }
   for (const auto& d : plan.dense)
     weight.narrow(0, d.out_begin, d.rows)
@@ -259,11 +251,12 @@ std::tuple<Tensor, Tensor> pack_sliced(const Tensor& words, int64_t columns, int
 
 Tensor pack_resident(const Tensor& words, int64_t columns, int64_t bits, int64_t shift, int64_t width,
                      int64_t res_shift, int64_t res_width, int64_t kind, int64_t loads, int64_t book_rows,
-                     int64_t copies) {
+                     int64_t copies, int64_t vector_width) {
   const c10::cuda::CUDAGuard guard(words.device());
-  Tensor codes = at::empty({(words.size(0) + 1) / 2 * loads * 128}, words.options());
+  const int64_t tiles = vector_width == 16 ? words.size(0) : (words.size(0) + 1) / 2;
+  Tensor codes = at::empty({tiles * loads * 128}, words.options());
   C10_CUDA_CHECK(fill_codes(Kind(kind), stream_of(words, columns, bits, shift, width),
-                            stream_of(words, columns, bits, res_shift, res_width), loads, book_rows, copies,
+                            stream_of(words, columns, bits, res_shift, res_width), loads, book_rows, copies, vector_width,
                             codes.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream()));
   return codes;
 }

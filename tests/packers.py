@@ -21,7 +21,7 @@ from vllm_vptq.layouts.work import ABSENT, Kind
 WARPS, WARP_COLUMNS, SHARED_BYTES = 16, 256, 227 * 1024
 SLICE_BITS, SLICE_ROWS = 13, 8192
 TILE_COLUMNS, TILE_ROWS, SPAN_TILES = 2048, 2056, 2
-STEPS = {Kind.BYTES: 16, Kind.BYTE_PAIRS: 8, Kind.SHORTS: 8}
+STEPS = {Kind.BYTES: 16, Kind.BYTE_PAIRS: 8, Kind.SHORTS: 8, Kind.FAR: 8}
 LANES = np.arange(32)
 LANE_OF_ROW = LANES & ~24 | (LANES & 8) << 1 | (LANES & 16) >> 1
 HIGH, LOW = 0xFFF80000, 0x7FFFF
@@ -79,15 +79,18 @@ def pack_resident(
     loads: int,
     book_rows: int,
     copies: int,
+    vector_width: int,
 ) -> Tensor:
-    """Codes ``[ceil(rows / 2), loads, 32, 4]`` in the order that lanes load them."""
+    """Codes ``[ceil(rows * vector_width / 16), loads, 32, 4]`` in the order that lanes load them."""
     rows, steps = words.shape[0], STEPS[Kind(kind)]
-    assert columns <= loads * steps * 16
-    whole = np.zeros((-(-rows // 2) * 2, loads * steps * 16), np.int64)
-    place = resident_place(np.arange(len(whole) // 2), loads, steps)
+    assert columns <= loads * steps * 16 and vector_width in (8, 16)
+    assert vector_width == 8 or kind == Kind.FAR
+    tiles = -(-rows * vector_width // 16)
+    whole = np.zeros((tiles * 16 // vector_width, loads * steps * 16), np.int64)
+    place = resident_place(np.arange(tiles), loads, steps, vector_width)
     whole[:rows, :columns] = stream(words, columns, bits, shift, width)
     code = whole[place]
-    assert code.max() < book_rows
+    assert kind == Kind.FAR or code.max() < book_rows
     if kind == Kind.SHORTS:
         image = np.random.default_rng(0).integers(copies, size=code.shape)
         code = np.choose(image, [image_row(code, i, book_rows) for i in range(copies)])
@@ -99,9 +102,9 @@ def pack_resident(
     return _int32((code << 32 // per_word * np.arange(per_word)).sum(-1))
 
 
-def resident_place(pairs: np.ndarray, loads: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vector row and column of the codes ``[pairs, loads, 32, steps]`` of row pairs, to be broadcast."""
-    row = 2 * pairs[:, None, None, None] + (LANES >> 3 & 1)[:, None]
+def resident_place(tiles: np.ndarray, loads: int, steps: int, width: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Vector row and column of the codes ``[tiles, loads, 32, steps]`` of 16 outputs each, to be broadcast."""
+    row = 16 // width * tiles[:, None, None, None] + (LANES >> 3 & 1 if width == 8 else 0 * LANES)[:, None]
     step = np.arange(loads * steps).reshape(1, loads, 1, steps)
     return row, step * 16 + (LANES % 8 + LANES // 16 * 8)[:, None]
 

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 LAYOUTS = ["compact", "stationary"]
 DTYPES = [torch.float16, torch.bfloat16]
-TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 16, 17, 40, 300]
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 16, 17, 32, 40, 64, 100, 300]
 
 FORMATS = {
     "v8-k65536": dict(vector_len=8, num_centroids=65536),
@@ -68,12 +68,12 @@ class Layer:
             shards.append(cut_module(tensors, spec, *span, device))
             weights.append(dequantize(tensors, spec, torch.float64)[slice(*span[0]), slice(*span[1])])
         self.dtype, self.weight = dtype, torch.cat(weights).to(device)
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        hardware = stationary.Gpu.of(device)
         self.in_features = shards[0].in_features
         if layout == "compact":
-            self.layout = streams.build(compact.build(shards, dtype, device), self.in_features, processors, 16)
+            self.layout = streams.build(compact.build(shards, dtype, device), self.in_features, hardware.processors, 16)
         else:
-            self.layout = stationary.build(shards, dtype, device, processors, 32)
+            self.layout = stationary.build(shards, dtype, device, hardware, 128)
         self.bias = torch.randn(len(self.weight), device=device).to(dtype)
         self.shards, self.run = shards, self._look_up
 
@@ -134,14 +134,14 @@ def test_fused(layout, dtype):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_as_a_model_is_served(name):
-    """Through ``choice``: sliced and unaligned formats keep their bit streams for many tokens."""
+    """Through ``choice``, which the plugin asks."""
     for extra in ("column norm", "groups", "outliers"):
         extras = EXTRAS[extra]
         spec = LayerSpec(300 + extras.get("outlier_size", 0), 117, **FORMATS[name], **extras)
         layer = Layer([spec, None, spec], torch.bfloat16, "compact")
-        layer.layout, tensors = choice.lay_out("stationary", layer.shards, layer.dtype, torch.device("cuda"), 20)
+        layer.layout, tensors = choice.lay_out("stationary", layer.shards, layer.dtype, torch.device("cuda"), 80)
         layer.run = lambda x, bias, made=layer.layout, tensors=tensors: made.apply(x, bias, **tensors)
-        for count in (1, 8, 20, 21, 100):
+        for count in (1, 8, 20, 80, 81):
             layer.check(layer.tokens(count))
         torch.testing.assert_close(layer.layout.weight(**tensors).double(), layer.weight, rtol=2e-2, atol=2e-2)
 
@@ -150,7 +150,7 @@ def test_as_a_model_is_served(name):
 def test_more_parts_than_fit_the_arguments_of_a_kernel(layout):
     spec = LayerSpec(256, 80, **FORMATS["v16-k65536-65536"], group_num=8, enable_perm=True)
     layer = Layer([spec, spec], torch.float16, layout)
-    for count in (1, 8, 16, 40):
+    for count in (1, 8, 16, 40, 150):
         layer.check(layer.tokens(count))
 
 
@@ -160,7 +160,7 @@ def test_shards(name, layout):
     spec = LayerSpec(1024, 200, **FORMATS[name], **EXTRAS["column norm"])
     for rows, columns in [((37, 149), (0, 1024)), ((0, 200), (256, 512)), ((100, 101), (0, 1024))]:
         layer = Layer([spec], torch.float16, layout, rows, columns)
-        for count in (1, 7, 16, 100):
+        for count in (1, 7, 16, 50, 200):
             layer.check(layer.tokens(count))
 
 
@@ -170,14 +170,27 @@ def test_shapes(shape, layout):
     """(out, in): tails of every kind, several tiles and spans of columns, one column, one row."""
     for name in ("v8-k65536", "v8-k256-256", "v6-k4096", "v8-k65536-256"):
         layer = Layer([LayerSpec(shape[1], shape[0], **FORMATS[name])], torch.float16, layout)
-        for count in (1, 8, 16, 33):
+        for count in (1, 8, 16, 33, 130):
             layer.check(layer.tokens(count))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_outputs_than_are_decoded_at_a_time(layout):
     layer = Layer([LayerSpec(20000, 3700, **FORMATS["v8-k256-256"], **EXTRAS["row norm"])], torch.float16, layout)
-    layer.check(layer.tokens(100))
+    layer.check(layer.tokens(300))
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_warp_groups_at_any_count(name, extra, monkeypatch):
+    """Also where the layout leaves few tokens to another kernel."""
+    monkeypatch.setattr(stationary, "FEW_TOKENS", ())
+    monkeypatch.setattr(stationary, "WIDE_TOKENS", (8, 16, 32, 64))
+    extras = EXTRAS[extra]
+    spec = LayerSpec(300 + extras.get("outlier_size", 0), 417, **FORMATS[name], **extras)
+    layer = Layer([spec, spec], torch.float16, "stationary")
+    for count in (1, 4, 5, 8, 9, 16, 31, 60):
+        layer.check(layer.tokens(count))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -214,7 +227,7 @@ def test_input_shapes(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cuda_graph(layout):
     layer = Layer([LayerSpec(600, 96, **FORMATS["v8-k65536-256"])], torch.float16, layout)
-    for count in (1, 16, 50):
+    for count in (1, 16, 50, 150):
         x = layer.tokens(count)
         expected = layer(x)
         static, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
@@ -269,11 +282,11 @@ def test_packing_is_quick():
     from benchmarks.kernels import random_shard
 
     shard = random_shard(8, 65536, 256, 8192, 28672, torch.float16, gen)
-    stationary.build([shard], torch.float16, torch.device("cuda"), 132, 32)
+    stationary.build([shard], torch.float16, torch.device("cuda"), stationary.Gpu(132, True), 32)
     torch.cuda.synchronize()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    stationary.build([shard], torch.float16, torch.device("cuda"), 132, 32)
+    stationary.build([shard], torch.float16, torch.device("cuda"), stationary.Gpu(132, True), 32)
     end.record()
     torch.cuda.synchronize()
     assert begin.elapsed_time(end) < 1000

@@ -36,7 +36,7 @@ from tests.packers import (
 from tests.shards import CPU
 from tests.strategies import few, random_tensors, specs
 from vllm_vptq.format import LayerSpec, dequantize
-from vllm_vptq.layouts import compact, paired, stationary
+from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.work import ABSENT, Job, Kind, LookupLayout, Module
 from vllm_vptq.parameters import ModuleShard, Range, cut_module
 

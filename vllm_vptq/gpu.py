@@ -1,8 +1,7 @@
 """The ops of the CUDA kernels: ``vllm_vptq::lookup_linear`` and what prepares a layer for it.
 
 The implementations are in csrc/bindings.cpp and are registered when ``build.cuda_extension`` has loaded the library;
-this file defines the ops, so that they exist, with their fakes, wherever torch does. ``lookup_by_count`` chooses
-between two layouts of a layer; an op of its own, because the count is symbolic under torch.compile.
+this file defines the ops, so that they exist, with their fakes, wherever torch does.
 """
 
 from __future__ import annotations
@@ -22,12 +21,9 @@ _DEFINITIONS = (
     "Tensor work, int[] plan) -> Tensor",
     "lookup_weight(Tensor codes, Tensor books, Tensor? norm, Tensor? columns, Tensor? dense, Tensor work, int[] plan)"
     " -> Tensor",
-    "lookup_by_count(Tensor x, Tensor codes, Tensor books, Tensor work, Tensor stream_codes, Tensor stream_books, "
-    "Tensor stream_work, Tensor? norm, Tensor? columns, Tensor? dense, Tensor? bias, int[] plan, int[] stream_plan)"
-    " -> Tensor",
     "pack_sliced(Tensor words, int columns, int bits, int shift, int width, int slices, int tiles) -> (Tensor, Tensor)",
     "pack_resident(Tensor words, int columns, int bits, int shift, int width, int res_shift, int res_width, int kind, "
-    "int loads, int book_rows, int copies) -> Tensor",
+    "int loads, int book_rows, int copies, int width) -> Tensor",
 )
 
 
@@ -49,29 +45,6 @@ def lookup_linear(
     return torch.ops.vllm_vptq.lookup_linear(x, codes, books, norm, columns, dense, bias, work, plan)
 
 
-def lookup_by_count(
-    x: Tensor,
-    codes: Tensor,
-    books: Tensor,
-    work: Tensor,
-    stream_codes: Tensor,
-    stream_books: Tensor,
-    stream_work: Tensor,
-    norm: Tensor | None,
-    columns: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    plan: Sequence[int],
-    stream_plan: Sequence[int],
-) -> Tensor:
-    """``lookup_linear``: by ``plan`` for as many tokens as that says, by ``stream_plan`` for more.
-
-    The tensors are those of ``layouts.paired.PairedLayout``.
-    """
-    few, many = (codes, books, work), (stream_codes, stream_books, stream_work)
-    return torch.ops.vllm_vptq.lookup_by_count(x, *few, *many, norm, columns, dense, bias, plan, stream_plan)
-
-
 def lookup_weight(
     codes: Tensor,
     books: Tensor,
@@ -83,26 +56,6 @@ def lookup_weight(
 ) -> Tensor:
     """The dense weight ``[out_features, in_features]`` of a layer, in the dtype of its books."""
     return torch.ops.vllm_vptq.lookup_weight(codes, books, norm, columns, dense, work, plan)
-
-
-def _by_count(
-    x: Tensor,
-    codes: Tensor,
-    books: Tensor,
-    work: Tensor,
-    stream_codes: Tensor,
-    stream_books: Tensor,
-    stream_work: Tensor,
-    norm: Tensor | None,
-    columns: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    plan: Sequence[int],
-    stream_plan: Sequence[int],
-) -> Tensor:
-    if x.shape[:-1].numel() <= jobs.direct_tokens(plan):
-        return lookup_linear(x, codes, books, norm, columns, dense, work, bias, plan)
-    return lookup_linear(x, stream_codes, stream_books, norm, columns, dense, stream_work, bias, stream_plan)
 
 
 # The last argument of the ops that use a layer is a plan.
@@ -120,5 +73,3 @@ if not hasattr(torch.ops.vllm_vptq, "lookup_linear"):
         _library.define(definition)
     torch.library.register_fake("vllm_vptq::lookup_linear", _fake_product, lib=_library)
     torch.library.register_fake("vllm_vptq::lookup_weight", _fake_weight, lib=_library)
-    torch.library.register_fake("vllm_vptq::lookup_by_count", _fake_product, lib=_library)
-    _library.impl("lookup_by_count", _by_count, "CUDA")

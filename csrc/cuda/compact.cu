@@ -2,7 +2,7 @@
 //
 // A warp takes a vector row, its lanes the columns; centroids come from wherever the caches have them. Bound by
 // gathers from the L2 cache when the book is large, which is what the stationary layout exists to avoid.
-#include "device.cuh"
+#include "dot.cuh"
 #include "stream.cuh"
 
 namespace vptq {
@@ -63,15 +63,8 @@ __global__ void __launch_bounds__(kCompactThreads)
   let_next_start();
   wait_for_previous();
   if (Kind(job.kind) == Kind::kDot) {
-    const float* shift = job.shift < 0 ? nullptr : layer.norm + job.shift;
-    for (int token = warp; token < tokens.count; token += kCompactThreads / 32) {
-      float sum = 0.f;
-      for (int c = job.column_begin + lane; c < job.column_end; c += 32)
-        sum += Number<T>::wide(x[token * tokens.row_stride + c]) * (shift ? __ldg(shift + c) : 1.f);
-#pragma unroll
-      for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(kAllLanes, sum, o);
-      if (lane == 0) workspace[token * stride + job.out] = sum;
-    }
+    __shared__ float sums[2 * kCompactThreads / 32];
+    multiply_dot<T>(layer, tokens, job, workspace, stride, sums);
     return;
   }
   const T* books = static_cast<const T*>(layer.books);

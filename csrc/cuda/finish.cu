@@ -24,8 +24,8 @@ struct Many {
 // `Share` neighbouring threads share a number: each adds its share of the splits.
 template <typename T, int Share, typename Records>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const __grid_constant__ Records records, int module_count, const float* __restrict__ workspace,
-                  int64_t stride, const float* __restrict__ norm, const T* __restrict__ bias, T* __restrict__ y,
+    finish_kernel(const __grid_constant__ Records records, int module_count, const int32_t* __restrict__ work,
+                  const float* __restrict__ workspace, int64_t stride, const float* __restrict__ norm, const T* __restrict__ bias, T* __restrict__ y,
                   int out_features) {
   const int output = (blockIdx.x * kFinishThreads + threadIdx.x) / Share, mine = threadIdx.x % Share;
   let_next_start();
@@ -46,10 +46,12 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int p = module.part_begin; p < module.part_end; p++) {
     const Part& part = records.parts[p];
     const int vector_row = (n + part.skip) / part.vector_len, element = (n + part.skip) % part.vector_len;
-    if (element / 8 != part.plane) continue;
-    const float* at = sums + part.out + vector_row * 8 + element % 8;
+    const int within = element - part.plane * 8;
+    if (within < 0 || within >= part.width) continue;
+    const float* at = sums + part.out + vector_row * part.width + within;
+    const int splits = part.counts < 0 ? part.splits : __ldg(work + part.counts + vector_row * part.width / kWideRows);
 #pragma unroll 8
-    for (int s = mine; s < part.splits; s += Share) product += __ldcg(at + int64_t(s) * part.stride);
+    for (int s = mine; s < splits; s += Share) product += __ldcg(at + int64_t(s) * part.stride);
   }
 #pragma unroll
   for (int o = 1; o < Share; o *= 2) product += __shfl_xor_sync(together, product, o);
@@ -60,14 +62,14 @@ __global__ void __launch_bounds__(kFinishThreads)
 }  // namespace
 
 cudaError_t finish(Type type, const Module* modules, int module_count, const Part* parts, int part_count,
-                   const Module* device_modules, const Part* device_parts, const float* workspace, int64_t stride,
-                   const float* norm, const void* bias, void* y, int out_features, int tokens, cudaStream_t stream) {
+                   const Module* device_modules, const Part* device_parts, const int32_t* work, const float* workspace,
+                   int64_t stride, const float* norm, const void* bias, void* y, int out_features, int tokens, cudaStream_t stream) {
   // Few numbers of many splits would leave the GPU idle.
   const bool shared = tokens <= 2 && std::any_of(parts, parts + part_count, [](const Part& p) { return p.splits >= 8; });
   const dim3 grid((out_features * (shared ? 4 : 1) + kFinishThreads - 1) / kFinishThreads, tokens);
   auto go = [&](auto kernel, auto number, const auto& records) {
     using T = decltype(number);
-    return launch(kernel, grid, kFinishThreads, 0, stream, true, records, module_count, workspace, stride, norm,
+    return launch(kernel, grid, kFinishThreads, 0, stream, true, records, module_count, work, workspace, stride, norm,
                   static_cast<const T*>(bias), static_cast<T*>(y), out_features);
   };
   auto run = [&](auto number, const auto& records) {

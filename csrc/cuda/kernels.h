@@ -8,8 +8,9 @@
 namespace vptq {
 
 // How a job finds its weights: compact.cu, sliced.cuh, resident.cuh (codes of one byte for one book, of one byte for each
-// of two books, of two bytes); or that it has none and is the dot product of a norm.
-enum class Kind : int { kCompact = 0, kSliced = 1, kBytes = 2, kBytePairs = 3, kShorts = 4, kDot = 5 };
+// of two books, of two bytes), wide.cu (codes of two bytes for a book in memory); or that it has none and is the dot
+// product of a norm.
+enum class Kind : int { kCompact = 0, kSliced = 1, kBytes = 2, kBytePairs = 3, kShorts = 4, kDot = 5, kFar = 6 };
 
 // One thread block's piece of work, as vllm_vptq/layouts/work.py writes it: 24 int32.
 struct Job {
@@ -17,32 +18,34 @@ struct Job {
   int scale;        // of the module's column norm: offset in `norm`, or -1
   int column_list;  // offset in `columns` of the segment's column list, or -1 if it covers the input
   int column_begin, column_end;  // within the segment
-  int row_begin, row_end;        // vector rows; pairs of them for the resident kinds
+  int row_begin, row_end;        // vector rows; 16 outputs for kinds with codes; dot: tokens
   int codes;       // offset in `codes` (int32) of the segment's first row
   int row_words;   // words from one row (pair) to the next
   int book;        // offset in `books`: elements for compact, 16-byte rows for the others
   int book_rows;   // rows to hold in shared memory; compact: entries
   int res_book;    // or -1
   int res_rows;
-  int copies;      // images of the book in shared memory
+  int copies;      // images of the book in shared memory; far: 16-byte rows of an entry
   int lists;       // sliced: offset in `codes` of the offsets of this slice's lists
   int list_tiles;  // sliced: column tiles, i.e. lists per vector row
   int out;         // where its sums go: offset in a token's row of the workspace
-  int vector_len, plane;  // compact: elements plane * 8 .. of every vector
+  int vector_len, plane;  // elements plane * 8 .. of every vector
   int index_bits, res_bits;
   int shift;       // dot: offset in `norm` of what to multiply by, or -1 for ones
-  int padding[2];  // to a multiple of 16 bytes
+  int width;       // far: 16 outputs are two planes of a vector row; or 8, and they are one of two vector rows
+  int padding;     // to a multiple of 16 bytes
 };
 static_assert(sizeof(Job) == 96, "24 int32");
+
+constexpr int kWideRows = 192;  // outputs a block of wide.cu computes at once
 
 // Sums that belong to the same outputs: `splits` rows of the workspace, `stride` apart.
 struct Part {
   int out;
   int splits, stride;
   int vector_len, skip;
-  int plane;  // these sums are elements plane * 8 .. of every vector
-  int adds;   // decoding: its vectors are added to those of an earlier part, a residual to the main vectors
-  int added_to;
+  int plane, width;  // these sums are elements plane * 8 to plane * 8 + width of every vector
+  int counts;        // where in `work` to find how many of the splits there are, one int32 per kWideRows sums; or -1
 };
 static_assert(sizeof(Part) == 32, "8 int32");
 
@@ -71,8 +74,12 @@ struct Tokens {
   int count;
 };
 
-// Sums into the workspace [tokens, stride] (float32). In a stationary layout, of up to 16 tokens; thread block i takes
-// jobs starts[i] to starts[i + 1]. In the compact layout, of up to 8 tokens; a thread block takes a job.
+// Sums into the workspace [tokens, stride] (float32); thread block i takes jobs starts[i] to starts[i + 1]. Of up to 16
+// tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs
+// with look-ups being of kind `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
+cudaError_t multiply_wide(Type type, Kind only, const Layer&, const Tokens&, int slots, const Job* jobs,
+                          const int32_t* starts, int thread_blocks, float* workspace, int64_t stride, int shared_bytes,
+                          cudaStream_t);
 cudaError_t multiply(Type type, const Layer&, const Tokens&, const Job* jobs, const int32_t* starts, int thread_blocks,
                      float* workspace, int64_t stride, int shared_bytes, cudaStream_t);
 cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Job* jobs, int thread_blocks,
@@ -81,8 +88,8 @@ cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Job* 
 // y [tokens, out_features] of the sums: splits added in order, norm and bias applied, rounded once. The records are
 // taken from the host where they fit a kernel's arguments, else from the device.
 cudaError_t finish(Type type, const Module* modules, int module_count, const Part* parts, int part_count,
-                   const Module* device_modules, const Part* device_parts, const float* workspace, int64_t stride,
-                   const float* norm, const void* bias, void* y, int out_features, int tokens, cudaStream_t);
+                   const Module* device_modules, const Part* device_parts, const int32_t* work, const float* workspace,
+                   int64_t stride, const float* norm, const void* bias, void* y, int out_features, int tokens, cudaStream_t);
 
 // A bit stream of merged indices [rows, row_words] (see docs/format.md); one of its two parts: `width` bits at `shift`.
 struct Stream {
@@ -94,8 +101,9 @@ struct Stream {
 // Entries of each list of the sliced layout, [slices, rows, tiles]; then the lists, from `offsets` (in groups of 32).
 cudaError_t count_entries(const Stream&, int slices, int tiles, int32_t* counts, cudaStream_t);
 cudaError_t fill_lists(const Stream&, int slices, int tiles, const int32_t* offsets, int32_t* lists, cudaStream_t);
-// Codes of a resident kind, [ceil(rows / 2), loads, 32, 4], for a book of book_rows entries in `copies` images.
-cudaError_t fill_codes(Kind kind, const Stream&, const Stream& residual, int loads, int book_rows, int copies,
+// Codes [ceil(rows * width / 16), loads, 32, 4] of a resident kind, for a book of book_rows entries in `copies` images,
+// or of the far one, where `width` (see Job) may be 16.
+cudaError_t fill_codes(Kind kind, const Stream&, const Stream& residual, int loads, int book_rows, int copies, int width,
                        int32_t* codes, cudaStream_t);
 
 // Outputs of a module that are wanted: [begin, end).
@@ -103,12 +111,12 @@ struct Window {
   int begin, end;
 };
 
-// Weights [in, stride] of a stationary module, transposed, its outputs of `window` in the first columns: what `jobs`,
-// which all feed `part`, look up. `accumulate` adds to what is there; `last` applies the norm.
-cudaError_t decode(Type type, const Layer&, const Job* jobs, int job_count, const Module&, const Part&, void* weight,
-                   int64_t stride, const Window&, bool accumulate, bool last, int shared_bytes, cudaStream_t);
+// Weights [outputs of the window, stride] of a segment's plane or two: those that `job` looks up, and `residual`, unless
+// its kind is -1, added to them; norm applied.
+cudaError_t decode(Type type, const Layer&, const Job& job, const Job& residual, const Module&, const Part&, void* weight,
+                   int64_t stride, const Window&, cudaStream_t);
 
-// The same for a segment in the compact layout; weights [outputs, stride], not transposed.
+// The same for all planes of a segment in the compact layout.
 cudaError_t decode_compact(Type type, const Layer&, const Job&, const Module&, const Part&, void* weight,
                            int64_t stride, const Window&, cudaStream_t);
 

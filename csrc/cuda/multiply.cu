@@ -1,31 +1,9 @@
 // One launch for a fused layer: every block takes its jobs, whatever their kinds, one after the other.
+#include "dot.cuh"
 #include "resident.cuh"
 
 namespace vptq {
 namespace {
-
-// One number per token: the product with the shift of a norm, or the sum.
-template <typename T>
-__device__ void multiply_dot(const Layer& layer, const Tokens& tokens, const Job& job, float* workspace, int64_t stride,
-                             float* shared) {
-  wait_for_previous();
-  const T* x = static_cast<const T*>(tokens.x);
-  const float* shift = job.shift < 0 ? nullptr : layer.norm + job.shift;
-  for (int token = 0; token < tokens.count; token++) {
-    float sum = 0.f;
-    for (int c = job.column_begin + threadIdx.x; c < job.column_end; c += kThreads)
-      sum += Number<T>::wide(x[token * tokens.row_stride + c]) * (shift ? __ldg(shift + c) : 1.f);
-#pragma unroll
-    for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(kAllLanes, sum, o);
-    if (threadIdx.x % 32 == 0) shared[token % 2 * kWarps + threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      float total = 0.f;
-      for (int w = 0; w < kWarps; w++) total += shared[token % 2 * kWarps + w];
-      workspace[token * stride + job.out] = total;
-    }
-  }
-}
 
 template <typename T, int Octets>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -61,6 +39,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         multiply_resident<T, Octets, Kind::kShorts>(layer, tokens, job, exchange, workspace, stride, shared);
         break;
       default:
+        wait_for_previous();
         multiply_dot<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(shared));
     }
   }

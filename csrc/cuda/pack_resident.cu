@@ -40,11 +40,12 @@ __device__ int choose_image(int row, int images) {
 }
 
 template <Kind kKind>
-__global__ void codes_kernel(Stream main, Stream residual, int loads, int book_rows, int copies, int32_t* codes) {
+__global__ void codes_kernel(Stream main, Stream residual, int loads, int book_rows, int copies, int width,
+                             int32_t* codes) {
   constexpr int kSteps = steps_per_load(kKind);
   constexpr bool kPairs = kKind == Kind::kBytePairs;
   const int lane = threadIdx.x % 32, pair = blockIdx.x;
-  const int row = 2 * pair + (lane >> 3 & 1);
+  const int row = width == 16 ? pair : 2 * pair + (lane >> 3 & 1);
   for (int l = threadIdx.x / 32; l < loads; l += blockDim.x / 32) {
     unsigned words[4] = {};
 #pragma unroll
@@ -53,7 +54,7 @@ __global__ void codes_kernel(Stream main, Stream residual, int loads, int book_r
       const bool inside = row < main.rows && column < main.columns;
       unsigned code = inside ? stream_index(main, row, column) : 0;
       const unsigned extra = kPairs && inside ? stream_index(residual, row, column) : 0;
-      if (kKind == Kind::kShorts) code = image_row(code, choose_image(code, copies), book_rows);
+      if (kKind == Kind::kShorts && copies) code = image_row(code, choose_image(code, copies), book_rows);
       if (kKind == Kind::kBytes) words[s / 4] |= code << (8 * (s % 4));
       if (kKind == Kind::kBytePairs) words[s / 2] |= (code | extra << 8) << (16 * (s % 2));
       if (kKind == Kind::kShorts) words[s / 2] |= code << (16 * (s % 2));
@@ -66,15 +67,17 @@ __global__ void codes_kernel(Stream main, Stream residual, int loads, int book_r
 }  // namespace
 
 cudaError_t fill_codes(Kind kind, const Stream& main, const Stream& residual, int loads, int book_rows, int copies,
-                       int32_t* codes, cudaStream_t stream) {
+                       int width, int32_t* codes, cudaStream_t stream) {
   auto go = [&](auto kernel) {
-    kernel<<<(main.rows + 1) / 2, 256, 0, stream>>>(main, residual, loads, book_rows, copies, codes);
+    kernel<<<width == 16 ? main.rows : (main.rows + 1) / 2, 256, 0, stream>>>(main, residual, loads, book_rows, copies,
+                                                                            width, codes);
     return cudaGetLastError();
   };
   switch (kind) {
     case Kind::kBytes: return go(codes_kernel<Kind::kBytes>);
     case Kind::kBytePairs: return go(codes_kernel<Kind::kBytePairs>);
-    case Kind::kShorts: return go(codes_kernel<Kind::kShorts>);
+    case Kind::kShorts:
+    case Kind::kFar: return go(codes_kernel<Kind::kShorts>);
     default: return cudaErrorInvalidValue;
   }
 }

@@ -38,11 +38,17 @@ __host__ __device__ inline int image_row(int row, int image, int rows) {
   return base + ((row & ~7) | ((row ^ (image ? row >> (3 * image) : 0)) & 7));
 }
 
+// The inverse: which entry lies in a row of an image; `rows` is a multiple of 8.
+__device__ __forceinline__ int entry_of_image_row(int at, int rows) {
+  const int image = at / rows, row = at - image * rows;
+  return row & ~7 | ((row ^ (image ? row >> (3 * image) : 0)) & 7);
+}
+
 // Every row is loaded once and stored to all images: all blocks load the same few lines of the L2 cache at once.
 template <bool Bytes>
 __device__ __forceinline__ void fill_images(uint4* shared, const uint4* book, int rows, int images) {
 #pragma unroll 4
-  for (int row = threadIdx.x; row < rows; row += kThreads) {
+  for (int row = threadIdx.x; row < rows; row += blockDim.x) {
     const uint4 value = __ldg(book + row);
     for (int image = 0; image < images; image++)
       shared[Bytes ? row * 8 + (image + row) % 8 : image_row(row, image, rows)] = value;

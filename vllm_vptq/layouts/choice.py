@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError, cuda_extension
-from vllm_vptq.layouts import compact, paired, stationary, streams
+from vllm_vptq.layouts import compact, stationary, streams
 from vllm_vptq.parameters import ModuleShard
 
 logger = logging.getLogger("vllm." + __name__)  # vLLM's handler shows it
@@ -33,29 +33,24 @@ FREE_SHARE = 0.5
 class LayerLayout:
     """How a layer is laid out, without its tensors, which are parameters of the layer.
 
-    ``apply`` is the one op of the layer; ``plans`` are its plans by the names of their arguments.
+    ``apply_op`` is the one op of the layer, ``plan`` its last argument.
     """
 
     name: str
     apply_op: Callable[..., Tensor]
-    plans: tuple[tuple[str, tuple[int, ...]], ...]
+    plan: tuple[int, ...]
     in_features: int
     weights: int
     tensor_names: tuple[str, ...]
 
     def apply(self, x: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> Tensor:
         """``y [..., out_features]`` of ``x [..., in_features]``."""
-        return self.apply_op(x, **tensors, bias=bias, **dict(self.plans))
+        return self.apply_op(x, **tensors, bias=bias, plan=self.plan)
 
     def weight(self, **tensors: Tensor | None) -> Tensor:
         """The dense weight ``[out_features, in_features]``."""
-        plans = dict(self.plans)
         if self.apply_op is gpu.lookup_linear:
-            return gpu.lookup_weight(**tensors, plan=plans["plan"])
-        if self.apply_op is gpu.lookup_by_count:
-            shared = {name: tensors[name] for name in ("norm", "columns", "dense")}
-            streams_ = {name: tensors[f"stream_{name}"] for name in ("codes", "books", "work")}
-            return gpu.lookup_weight(**streams_, **shared, plan=plans["stream_plan"])
+            return gpu.lookup_weight(**tensors, plan=self.plan)
         device = next(t.device for t in tensors.values() if t is not None)
         return self.apply(torch.eye(self.in_features, device=device), None, **tensors).T
 
@@ -77,26 +72,21 @@ def lay_out(
     kind: str, shards: Sequence[ModuleShard], dtype: torch.dtype, device: torch.device, direct_tokens: int
 ) -> tuple[LayerLayout, dict[str, Tensor | None]]:
     """Lays shards out for the CUDA kernels; calls of up to ``direct_tokens`` look weights up, others decode them."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    hardware = stationary.Gpu.of(device)
     if kind == "compact":
         small = compact.build(shards, dtype, device)
-        made = streams.build(small, shards[0].in_features, processors, direct_tokens)
+        made = streams.build(small, shards[0].in_features, hardware.processors, direct_tokens)
         return _of(kind, gpu.lookup_linear, made, shards)
-    if stationary.crossover_class(shards) == stationary.DECODES_WELL:
-        alone = stationary.build(shards, dtype, device, processors, direct_tokens)
-        return _of(kind, gpu.lookup_linear, alone, shards)
-    pair = paired.build(shards, dtype, device, processors, direct_tokens)
-    return _of(kind, gpu.lookup_by_count, pair, shards)
+    return _of(kind, gpu.lookup_linear, stationary.build(shards, dtype, device, hardware, direct_tokens), shards)
 
 
 def _of(
     kind: str, apply_op: Callable[..., Tensor], made: Any, shards: Sequence[ModuleShard]
 ) -> tuple[LayerLayout, dict[str, Tensor | None]]:
     tensors: dict[str, Tensor | None] = made.tensors()
-    plans = tuple((name, tuple(getattr(made, name))) for name in ("plan", "stream_plan") if hasattr(made, name))
     in_features = shards[0].in_features
     weights = sum(shard.out_features for shard in shards) * in_features
-    return LayerLayout(kind, apply_op, plans, in_features, weights, tuple(tensors)), tensors
+    return LayerLayout(kind, apply_op, tuple(made.plan), in_features, weights, tuple(tensors)), tensors
 
 
 class Resident:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_vptq.layouts.compact import CompactLayout
 from vllm_vptq.layouts.plan import ABSENT, NORM_COLUMNS, NORM_ROWS, ModulePlan, SegmentPlan, decode
-from vllm_vptq.layouts.work import Job, Kind, LayerWork, LookupLayout, Module, Part, Variant
+from vllm_vptq.layouts.work import Decoding, Job, Kind, LayerWork, LookupLayout, Module, Part, Variant
 
 TOKENS = 8
 """Most tokens of one launch."""
@@ -18,7 +18,7 @@ _LEAST_COLUMNS = 1024
 def build(layout: CompactLayout, in_features: int, processors: int, direct_tokens: int) -> LookupLayout:
     """Adds the jobs for a GPU with ``processors`` multiprocessors to a compact layout."""
     variant = Variant(TOKENS)
-    decodings: list[list[Job]] = []
+    decodings: list[Decoding] = []
     dense: list[tuple[int, int, int]] = []
     modules = decode(layout.plan)
     rows = sum(segment.vector_rows for module in modules for segment in module.segments)
@@ -40,7 +40,7 @@ def build(layout: CompactLayout, in_features: int, processors: int, direct_token
                 record.scale, record.shift = module.norm_offset, module.norm_offset + module.out_features
             else:
                 shift = module.norm_offset + in_features
-            variant.jobs.append([Job(Kind.DOT, column_end=in_features, out=record.dot, shift=shift)])
+            variant.jobs.append([Job(Kind.DOT, column_end=in_features, row_end=TOKENS, out=record.dot, shift=shift)])
         variant.modules.append(record)
     layer = LayerWork(
         stationary=False,
@@ -61,7 +61,7 @@ def _add_segment(
     segment: SegmentPlan,
     in_features: int,
     variant: Variant,
-    decodings: list[list[Job]],
+    decodings: list[Decoding],
     splits: int,
 ) -> None:
     step = max(_LEAST_COLUMNS, -(-segment.num_columns // splits) + 31 & ~31)
@@ -74,7 +74,9 @@ def _add_segment(
         for split, (begin, end) in enumerate(ranges):
             for row in range(0, segment.vector_rows, _ROWS_PER_JOB):
                 variant.jobs.append([_job(segment, plane, scale, in_features, begin, end, row, at + split * sums)])
-        decodings.append([_job(segment, plane, scale, in_features, 0, segment.num_columns, 0, at, whole=True)])
+    whole = _job(segment, 0, scale, in_features, 0, segment.num_columns, 0, 0, whole=True)
+    part = Part(0, 0, 0, segment.vector_len, segment.skip, 0)
+    decodings.append(Decoding(len(variant.modules), whole, None, part))
 
 
 def _job(

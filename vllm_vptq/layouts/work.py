@@ -19,7 +19,7 @@ ABSENT = -1
 class Kind(IntEnum):
     """How a job finds its weights; see csrc/cuda/kernels.h."""
 
-    COMPACT, SLICED, BYTES, BYTE_PAIRS, SHORTS, DOT = range(6)
+    COMPACT, SLICED, BYTES, BYTE_PAIRS, SHORTS, DOT, FAR = range(7)
 
 
 @dataclass
@@ -57,8 +57,8 @@ class Job(Record):
     index_bits: int = 0
     res_bits: int = 0
     shift: int = ABSENT
+    width: int = 8
     padding: int = 0
-    more_padding: int = 0
 
 
 @dataclass
@@ -71,8 +71,8 @@ class Part(Record):
     vector_len: int
     skip: int
     plane: int
-    adds: int = 0
-    added_to: int = 0
+    width: int = 8
+    counts: int = ABSENT
 
 
 @dataclass
@@ -91,12 +91,18 @@ class Module(Record):
 
 @dataclass
 class Variant:
-    """How calls of up to ``max_tokens`` are worked off: the jobs of each thread block, and where sums go."""
+    """How calls of up to ``max_tokens`` are worked off: the jobs of each thread block, and where sums go.
+
+    ``wide``: worked off by csrc/cuda/wide.cu, all look-ups being of this kind (DOT: of several); or ABSENT. ``counts``:
+    lists that parts name by their place here, until they are stored.
+    """
 
     max_tokens: int
+    wide: int = ABSENT
     jobs: list[list[Job]] = field(default_factory=list)
     modules: list[Module] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    counts: list[list[int]] = field(default_factory=list)
     stride: int = 0
 
     def reserve(self, floats: int) -> int:
@@ -104,6 +110,20 @@ class Variant:
         begin = self.stride
         self.stride += (floats + 3) // 4 * 4
         return begin
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How weights of a module are looked up, all of them that ``job`` reaches; those of ``residual`` are added."""
+
+    module: int
+    job: Job
+    residual: Job | None
+    part: Part
+
+    def numbers(self) -> list[int]:
+        residual = self.residual or Job(ABSENT)
+        return [self.module, *self.job.numbers(), *residual.numbers(), *self.part.numbers()]
 
 
 @dataclass(frozen=True)
@@ -131,8 +151,8 @@ class LookupLayout:
 class LayerWork:
     """Everything the kernels are told about a layer.
 
-    ``decodings``: for each part, jobs that look up all its weights, for products with many tokens. ``dense``: (first
-    output, rows, offset) of dense modules.
+    ``decodings`` reach every weight once, for products with many tokens. ``dense``: (first output, rows, offset) of
+    dense modules.
     """
 
     stationary: bool
@@ -141,7 +161,7 @@ class LayerWork:
     shared_bytes: int
     direct_tokens: int
     variants: list[Variant]
-    decodings: list[list[Job]]
+    decodings: list[Decoding]
     dense: list[tuple[int, int, int]]
 
     def encode(self, device: torch.device) -> tuple[Tensor, list[int]]:
@@ -155,23 +175,26 @@ class LayerWork:
             return at
 
         plan = [int(self.stationary), self.out_features, self.in_features, self.shared_bytes, self.direct_tokens]
-        plan += [len(self.variants), len(self.variants[0].modules), len(self.decodings)]
+        plan += [len(self.variants), len(self.variants[0].modules)]
         for v in self.variants:
             jobs = store([job for thread_block in v.jobs for job in thread_block])
             starts = len(words)
             words.append(0)
             for thread_block in v.jobs:
                 words.append(words[-1] + len(thread_block))
-            plan += [v.max_tokens, v.stride, jobs, starts, len(v.jobs), store(v.modules), store(v.parts)]
-            plan += [n for record in (*v.modules, *v.parts) for n in record.numbers()]
-        for decoding in self.decodings:
-            if self.stationary:
-                plan += [store(decoding), len(decoding)]
-            else:
-                (job,) = decoding
-                plan += job.numbers()
+            parts = [part if part.counts == ABSENT else self._with_counts(part, v, words) for part in v.parts]
+            plan += [v.max_tokens, v.wide, v.stride, jobs, starts, len(v.jobs)]
+            plan += [store(v.modules), store(parts), len(parts)]
+            plan += [n for record in (*v.modules, *parts) for n in record.numbers()]
+        plan += [len(self.decodings), *(n for decoding in self.decodings for n in decoding.numbers())]
         plan += [len(self.dense), *(n for entry in self.dense for n in entry)]
         return torch.tensor(words, dtype=torch.int32).to(device), plan
+
+    @staticmethod
+    def _with_counts(part: Part, variant: Variant, words: list[int]) -> Part:
+        at = len(words)
+        words.extend(variant.counts[part.counts])
+        return replace(part, counts=at)
 
 
 def out_features(plan: Sequence[int]) -> int:
@@ -207,6 +230,18 @@ class Unit:
 
 
 def cut(units: Sequence[Unit], thread_blocks: int) -> list[list[Job]]:
+    """The jobs of ``divide``."""
+    return [
+        [replace(units[u].job, row_begin=begin, row_end=end) for u, begin, end in pieces]
+        for pieces in divide(units, thread_blocks)
+    ]
+
+
+Pieces = list[tuple[int, int, int]]
+"""A thread block's share: the place of a unit, its first row and the one behind its last."""
+
+
+def divide(units: Sequence[Unit], thread_blocks: int) -> list[Pieces]:
     """Divides units, in order, among at most ``thread_blocks`` so that the slowest is as quick as can be.
 
     More are used only when there is no other way. The order is kept, so that neighbours share what they hold.
@@ -219,16 +254,13 @@ def cut(units: Sequence[Unit], thread_blocks: int) -> list[list[Job]]:
             high = middle
         else:
             low = middle
-    return [
-        [replace(units[u].job, row_begin=begin, row_end=end) for u, begin, end in pieces]
-        for pieces in _fill_blocks(units, high)
-    ]
+    return _fill_blocks(units, high)
 
 
-def _fill_blocks(units: Sequence[Unit], budget: float) -> list[list[tuple[int, int, int]]]:
+def _fill_blocks(units: Sequence[Unit], budget: float) -> list[Pieces]:
     """Thread blocks as lists of (unit, first row, last row), each within the budget if one grain is."""
-    done: list[list[tuple[int, int, int]]] = []
-    block: list[tuple[int, int, int]] = []
+    done: list[Pieces] = []
+    block: Pieces = []
     left, held = budget, None
     for u, unit in enumerate(units):
         row = 0

@@ -1,0 +1,348 @@
+// Products with 8 to 64 tokens: three warp groups look weights up, a fourth brings the activations.
+//
+// A warp keeps to 16 outputs and walks along the columns. ldmatrix.trans of the centroids of 2 vector rows x 16 columns
+// is the A fragment of a wgmma, as in resident.cuh; but the activations are its B operand, which the tensor core reads
+// from shared memory by itself, once for 64 outputs. So a look-up serves all tokens, and sums stay in registers. A book
+// that does not fit shared memory stays where it is, and every warp gathers what it needs into a ring of its own.
+#include "dot.cuh"
+#include "resident.cuh"
+#include "wgmma.cuh"
+
+namespace vptq {
+namespace {
+
+constexpr int kConsumers = kWideRows * 2, kProducers = 128, kWideThreads = kConsumers + kProducers;
+constexpr int kConsumerWarps = kConsumers / 32;
+constexpr int kGranule = 256;       // columns: jobs begin at multiples of it
+constexpr int kRingBytes = 32768;   // of activations
+constexpr int kMostStages = 8;
+constexpr int kFarChunks = 4;       // a warp's ring of gathered vectors, in chunks of 4 steps
+constexpr int kStepBytes = 512;     // of a step, 32 vectors
+
+template <int N>
+struct Shape {  // a tile of activations: [columns / 64][N][64], every 64 columns as wgmma_descriptor wants them
+  static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : 64;
+  static constexpr int kBytes = N * kColumns * 2;
+  static constexpr int kStages = kRingBytes / kBytes;
+  static constexpr int kPieces = N * kColumns / 8 / kProducers;  // of 16 bytes, per producer thread
+  static_assert(kStages >= 2 && kStages <= kMostStages);
+};
+
+struct Ring {
+  uint64_t full[kMostStages], empty[kMostStages];
+
+  __device__ void initialise() {
+    for (int i = 0; i < kMostStages; i++) {
+      initialise_barrier(shared_address(full + i), kProducers / 32);
+      initialise_barrier(shared_address(empty + i), kConsumerWarps);
+    }
+  }
+};
+
+// Fetches and scales activations, a tile ahead of storing them.
+template <typename T, int N>
+__device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
+                                        unsigned& done, char* stages) {
+  using Tile = Shape<N>;
+  const Inputs<T> inputs(layer, tokens, job, N == 8 ? 8 : 0);
+  const int thread = threadIdx.x - kConsumers, lane = threadIdx.x % 32;
+  constexpr int kAcross = Tile::kColumns / 8;  // pieces of a token
+  const int piece = thread % kAcross, first_slot = thread / kAcross;
+  const bool aligned = !inputs.list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
+
+  uint4 raw[Tile::kPieces];
+  float4 scales[2];
+  auto fetch = [&](int column) {
+    const bool whole = aligned && column + 8 <= job.column_end;
+    if (inputs.scale && whole) {
+      scales[0] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column));
+      scales[1] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column) + 1);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kPieces; i++) {
+      const int slot = first_slot + i * (kProducers / kAcross);
+      const int token = inputs.half && slot >= inputs.half ? slot - inputs.half : slot;
+      raw[i] = make_uint4(0, 0, 0, 0);
+      if (token >= tokens.count) continue;
+      if (whole) {
+        raw[i] = __ldg(reinterpret_cast<const uint4*>(inputs.x + token * tokens.row_stride + column));
+        continue;
+      }
+      T values[8];
+#pragma unroll
+      for (int e = 0; e < 8; e++) {
+        values[e] = Number<T>::narrow(0.f);
+        if (column + e < job.column_end) values[e] = inputs(slot, column + e);
+      }
+      raw[i] = make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
+                          pack(values[6], values[7]));
+    }
+  };
+  auto scaled = [&](const uint4& from, bool low) {
+    const T* v = reinterpret_cast<const T*>(&from);
+    const float* s = reinterpret_cast<const float*>(scales);
+    T out[8];
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const float exact = Number<T>::wide(v[e]) * s[e];
+      out[e] = Number<T>::narrow(exact);
+      if (low) out[e] = Number<T>::narrow(exact - Number<T>::wide(out[e]));
+    }
+    return make_uint4(pack(out[0], out[1]), pack(out[2], out[3]), pack(out[4], out[5]), pack(out[6], out[7]));
+  };
+
+  // As many columns as the consumers walk over: whole granules, zeros behind the end.
+  const int end = job.column_begin + (job.column_end - job.column_begin + kGranule - 1) / kGranule * kGranule;
+  int column = job.column_begin + piece * 8;
+  fetch(column);
+  for (int begin = job.column_begin; begin < end; begin += Tile::kColumns, done++) {
+    uint4 now[Tile::kPieces];
+    const bool whole = aligned && column + 8 <= job.column_end;
+#pragma unroll
+    for (int i = 0; i < Tile::kPieces; i++) {
+      const int slot = first_slot + i * (kProducers / kAcross);
+      now[i] = inputs.scale && whole ? scaled(raw[i], inputs.half && slot >= inputs.half) : raw[i];
+    }
+    column += Tile::kColumns;
+    if (begin + Tile::kColumns < end) fetch(column);
+    const int stage = done % Tile::kStages;
+    wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
+#pragma unroll
+    for (int i = 0; i < Tile::kPieces; i++) {
+      const int slot = first_slot + i * (kProducers / kAcross);
+      *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) = now[i];
+    }
+    fence_for_tensor_cores();
+    __syncwarp();
+    if (lane == 0) arrive(shared_address(ring.full + stage));
+  }
+}
+
+template <typename T, int N, Kind kKind>
+__device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
+                                        unsigned& done, uint32_t stages, uint4* books, float* workspace,
+                                        int64_t stride) {
+  using Tile = Shape<N>;
+  constexpr bool kFar = kKind == Kind::kFar, kPairs = kKind == Kind::kBytePairs;
+  constexpr int kLoads = kKind == Kind::kBytes ? 1 : 2;  // of codes, for a granule
+  constexpr int kChunkSteps = kPairs ? 2 : 4;            // steps of 16 columns, looked up together: 4 look-ups
+  constexpr int kChunks = kGranule / 16 / kChunkSteps;
+  constexpr int kTileChunks = Tile::kColumns / 16 / kChunkSteps;
+  static_assert(kTileChunks >= 1 && kChunks % kTileChunks == 0);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = job.row_begin + warp;
+  const bool mine = row < job.row_end;
+
+  const int first_granule = job.column_begin / kGranule;
+  const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
+  const int row_loads = job.row_words / 128;
+  const uint4* codes =
+      reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(mine ? row : job.row_begin) * row_loads * 32 + lane;
+  uint4 now[kLoads], next[kLoads];
+  auto load_codes = [&](int granule) {
+#pragma unroll
+    for (int l = 0; l < kLoads; l++) {
+      const int load = (first_granule + granule) * kLoads + l;
+      next[l] = make_uint4(0, 0, 0, 0);
+      if (granule < granules && load < row_loads && mine) next[l] = load_once(codes + load * 32);
+    }
+  };
+  // What step `s` of a granule (a constant) looks up: 16 bits, or 8.
+  auto code = [&](const uint4 (&words)[kLoads], int s, int book) -> unsigned {
+    const uint4& load = words[kLoads == 1 ? 0 : s / 8];
+    const int at = kLoads == 1 ? s / 4 : s % 8 / 2;
+    const unsigned word = at == 0 ? load.x : at == 1 ? load.y : at == 2 ? load.z : load.w;
+    if (kKind == Kind::kBytes) return word >> (8 * (s % 4)) & 0xff;
+    if (kPairs) return word >> (16 * (s % 2) + 8 * book) & 0xff;
+    return word >> (16 * (s % 2)) & 0xffff;
+  };
+
+  const uint32_t base = shared_address(books) + (kFar ? warp * (kFarChunks * 4 * kStepBytes) + lane * 16
+                                                 : kKind == Kind::kShorts ? 0 : lane % 8 * 16);
+  const uint32_t res_base = base + ((job.book_rows + 7) & ~7) * job.copies * 16;
+  const uint4* far = static_cast<const uint4*>(layer.books) + job.book + job.plane + (job.width == 16 ? lane >> 3 & 1 : 0);
+  auto gather = [&](const uint4 (&words)[kLoads], int chunk, bool wanted) {
+    if (wanted && mine) {
+#pragma unroll
+      for (int s = 0; s < 4; s++)
+        copy_async16(base + (chunk * 4 + s) * kStepBytes, far + size_t(code(words, chunk * 4 + s, 0)) * job.copies);
+    }
+    copy_async_commit();
+  };
+
+  float sums[N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) sums[i] = 0.f;
+  load_codes(0);
+  if constexpr (kFar) {
+#pragma unroll
+    for (int c = 0; c + 1 < kFarChunks; c++) gather(next, c, true);
+  }
+  int unreleased = -1;  // a stage whose last products are under way
+  unsigned a[2][4][4];
+  for (int g = 0; g < granules; g++) {
+#pragma unroll
+    for (int l = 0; l < kLoads; l++) now[l] = next[l];
+    load_codes(g + 1);
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) {
+      auto& fragments = a[c % 2];
+      if constexpr (kFar) {
+        __syncwarp();
+        constexpr int kAhead = kFarChunks - 1;
+        if (c + kAhead < kChunks) gather(now, (c + kAhead) % kFarChunks, true);
+        else gather(next, (c + kAhead) % kFarChunks, g + 1 < granules);
+        copy_async_wait<kAhead>();
+        __syncwarp();
+#pragma unroll
+        for (int s = 0; s < 4; s++) ldmatrix_trans(fragments[s], base + (c * 4 + s) * kStepBytes);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int s = c * kChunkSteps + (kPairs ? i / 2 : i);
+          const unsigned entry = code(now, s, kPairs ? i % 2 : 0);
+          ldmatrix_trans(fragments[i],
+                         (kPairs && i % 2 ? res_base : base) + entry * (kKind == Kind::kShorts ? 16 : 128));
+        }
+      }
+      const int stage = done % Tile::kStages;
+      if (c % kTileChunks == 0) wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int s = c % kTileChunks * kChunkSteps + (kPairs ? i / 2 : i);  // within the tile
+        wgmma<T, N>(sums, fragments[i],
+                    wgmma_descriptor(stages + stage * Tile::kBytes + s / 4 * N * 128 + s % 4 * 32));
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (unreleased >= 0 && lane == 0) arrive(shared_address(ring.empty + unreleased));
+      unreleased = -1;
+      if ((c + 1) % kTileChunks == 0) {
+        unreleased = stage;
+        done++;
+      }
+    }
+  }
+  wgmma_wait<0>();
+  if (lane == 0) arrive(shared_address(ring.empty + unreleased));
+  wait_for_previous();  // whose sums may lie in this workspace
+  const bool halves = N == 8 && job.scale >= 0 && tokens.count <= 4;  // slots 4 .. 7: what rounding has cut off
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) {
+    if (halves) sums[i] += __shfl_down_sync(kAllLanes, sums[i], 2);
+    const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (mine && token < tokens.count)
+      workspace[token * stride + job.out + row * 16 + i / 2 % 2 * 8 + lane / 4] = sums[i];
+  }
+}
+
+// `kOnly`: the kind of all jobs with look-ups, or kDot if there are several, which takes more registers than wgmma would
+// like to have.
+template <typename T, int N, Kind kOnly>
+__global__ void __launch_bounds__(kWideThreads, 1)
+    wide_kernel(const Layer layer, const Tokens tokens, const Job* __restrict__ jobs,
+                const int32_t* __restrict__ starts, float* __restrict__ workspace, int64_t stride) {
+#if VPTQ_HAS_WGMMA
+  extern __shared__ __align__(1024) char wide_shared[];
+  __shared__ Job job;
+  __shared__ Ring ring;
+  let_next_start();
+  uint4* books = reinterpret_cast<uint4*>(wide_shared + kRingBytes);
+  const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
+  if (threadIdx.x == 0) ring.initialise();
+  unsigned done = 0;  // tiles
+  int held = -1, res_held = -1;
+  for (int j = first; j < last; j++) {
+    __syncthreads();
+    if (threadIdx.x < sizeof(Job) / 4)
+      reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
+    __syncthreads();
+    if (Kind(job.kind) == Kind::kDot) {
+      wait_for_previous();
+      multiply_dot<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(books));
+      held = -1;
+      continue;
+    }
+    const Kind kind = kOnly == Kind::kDot ? Kind(job.kind) : kOnly;
+    if (kind == Kind::kFar) {
+      held = -1;
+    } else if (held != job.book || res_held != job.res_book) {
+      held = job.book;
+      res_held = job.res_book;
+      const uint4* all = static_cast<const uint4*>(layer.books);
+      if (kind == Kind::kShorts) {
+        fill_images<false>(books, all + job.book, job.book_rows, job.copies);
+      } else {
+        fill_images<true>(books, all + job.book, job.book_rows, job.copies);
+        if (kind == Kind::kBytePairs)
+          fill_images<true>(books + ((job.book_rows + 7) & ~7) * job.copies, all + job.res_book, job.res_rows, job.copies);
+      }
+      __syncthreads();
+    }
+    if (threadIdx.x >= kConsumers) {
+      wait_for_previous();
+      produce<T, N>(layer, tokens, job, ring, done, wide_shared);
+      continue;
+    }
+    const uint32_t stages = shared_address(wide_shared);
+    switch (kind) {
+      case Kind::kBytes:
+        consume<T, N, Kind::kBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        break;
+      case Kind::kBytePairs:
+        consume<T, N, Kind::kBytePairs>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        break;
+      case Kind::kShorts:
+        consume<T, N, Kind::kShorts>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        break;
+      default:
+        consume<T, N, Kind::kFar>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+    }
+  }
+#endif
+}
+
+template <typename T, int N, Kind kOnly>
+cudaError_t run(const Layer& layer, const Tokens& tokens, const Job* jobs, const int32_t* starts, int thread_blocks,
+                float* workspace, int64_t stride, int shared_bytes, cudaStream_t stream) {
+  auto kernel = wide_kernel<T, N, kOnly>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, dim3(thread_blocks), kWideThreads, shared_bytes, stream, true, layer, tokens, jobs, starts,
+                workspace, stride);
+}
+
+}  // namespace
+
+cudaError_t multiply_wide(Type type, Kind only, const Layer& layer, const Tokens& tokens, int slots, const Job* jobs,
+                          const int32_t* starts, int thread_blocks, float* workspace, int64_t stride, int shared_bytes,
+                          cudaStream_t stream) {
+  auto go = [&](auto run) {
+    return run(layer, tokens, jobs, starts, thread_blocks, workspace, stride, shared_bytes, stream);
+  };
+  auto of_kind = [&](auto number, auto slots) {
+    using T = decltype(number);
+    constexpr int N = decltype(slots)::value;
+    switch (only) {
+      case Kind::kBytes: return go(run<T, N, Kind::kBytes>);
+      case Kind::kBytePairs: return go(run<T, N, Kind::kBytePairs>);
+      case Kind::kShorts: return go(run<T, N, Kind::kShorts>);
+      case Kind::kFar: return go(run<T, N, Kind::kFar>);
+      default: return go(run<T, N, Kind::kDot>);
+    }
+  };
+  auto sized = [&](auto number) {
+    switch (slots) {
+      case 8: return of_kind(number, std::integral_constant<int, 8>());
+      case 16: return of_kind(number, std::integral_constant<int, 16>());
+      case 32: return of_kind(number, std::integral_constant<int, 32>());
+      case 64: return of_kind(number, std::integral_constant<int, 64>());
+      default: return cudaErrorInvalidValue;
+    }
+  };
+  if (tokens.count > slots) return cudaErrorInvalidValue;
+  return type == Type::kHalf ? sized(__half()) : sized(__nv_bfloat16());
+}
+
+}  // namespace vptq

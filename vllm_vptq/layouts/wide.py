@@ -1,0 +1,109 @@
+"""Jobs of csrc/cuda/wide.cu: products of 8 to 64 tokens, for which three warp groups of a block look weights up.
+
+A block computes 192 outputs at once and walks along the columns. Columns are divided so that all blocks of the GPU get
+as much to do: a block ends in the middle of some outputs, and the next goes on there. So the sums of some outputs come
+in more pieces than others', and ``Part.counts`` says in how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vllm_vptq.layouts import work
+from vllm_vptq.layouts.passes import Pass
+from vllm_vptq.layouts.work import ABSENT, Job, Kind, Part, Unit, Variant
+
+TILES = 12
+"""Of 16 outputs: one a warp."""
+GRANULE_COLUMNS = 256
+"""Columns that a job is cut at."""
+
+
+@dataclass
+class Strip:
+    """The outputs a block computes at once: ``TILES`` tiles of a pass from ``begin``; ``part`` is that of the pass."""
+
+    pass_: Pass
+    part: int
+    begin: int
+
+
+def variant(
+    tokens: int, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Sequence[Unit], processors: int, stride: int
+) -> Variant:
+    """Variant of calls of up to ``tokens``, without modules: of each module's passes with jobs over all of them.
+
+    Its parts are those of the passes, in their order. ``dots``: units of dot products, whose sums have their places in
+    the first ``stride`` floats.
+    """
+    made = Variant(tokens, stride=stride)
+    strips: list[Strip] = []
+    units: list[Unit] = []
+    flat = [both for module in passes for both in module]
+    kinds = {pass_.kind for pass_, _ in flat}
+    made.wide = int(kinds.pop() if len(kinds) == 1 else Kind.DOT)
+    for part, (pass_, job) in enumerate(flat):
+        for begin in range(0, pass_.tiles, TILES):
+            strips.append(Strip(pass_, part, begin))
+            units.append(_unit(pass_, job, tokens))
+    pieces = work.divide([*units, *dots], processors)
+    splits = _place_sums(made, [pass_ for pass_, _ in flat], strips, pieces)
+    seen = [0] * len(strips)
+    for block in pieces:
+        jobs = []
+        for u, begin, end in block:
+            if u >= len(strips):
+                jobs.append(replace(dots[u - len(strips)].job, row_begin=begin, row_end=end))
+                continue
+            strip, whole = strips[u], units[u].job
+            part_ = made.parts[strip.part]
+            jobs.append(
+                replace(
+                    whole,
+                    row_begin=strip.begin,
+                    row_end=min(strip.pass_.tiles, strip.begin + TILES),
+                    column_begin=begin * GRANULE_COLUMNS,
+                    column_end=min(whole.column_end, end * GRANULE_COLUMNS),
+                    out=part_.out + seen[u] * part_.stride,
+                )
+            )
+            seen[u] += 1
+        made.jobs.append(jobs)
+    assert seen == splits
+    return made
+
+
+def _place_sums(
+    made: Variant, passes: Sequence[Pass], strips: Sequence[Strip], pieces: Sequence[work.Pieces]
+) -> list[int]:
+    """Adds the parts; how many pieces the sums of each strip come in."""
+    splits = [0] * len(strips)
+    for block in pieces:
+        for u, _, _ in block:
+            if u < len(strips):
+                splits[u] += 1
+    for part, pass_ in enumerate(passes):
+        counts = [n for strip, n in zip(strips, splits, strict=True) if strip.part == part]
+        stride = pass_.tiles * 16
+        at = made.reserve(max(counts) * stride)
+        uneven = ABSENT
+        if min(counts) < max(counts):
+            uneven = len(made.counts)
+            made.counts.append(counts)
+        segment = pass_.segment
+        made.parts.append(
+            Part(at, max(counts), stride, segment.vector_len, segment.skip, pass_.plane, pass_.width, uneven)
+        )
+    return splits
+
+
+def _unit(pass_: Pass, job: Job, tokens: int) -> Unit:
+    """Costs are cycles of shared memory, or of the L2 cache; only their proportions matter."""
+    images = {1: 10.7, 2: 7.5, 3: 6.0, 8: 4.0}
+    look_up = 44.0 if pass_.kind == Kind.FAR else images[pass_.copies]
+    books = 2 if pass_.kind == Kind.BYTE_PAIRS else 1
+    cost = TILES * GRANULE_COLUMNS / 16 * books * (look_up + tokens / 16)
+    granules = -(-pass_.segment.num_columns // GRANULE_COLUMNS)
+    fill = 0.0 if pass_.kind == Kind.FAR else 1500 + pass_.images_bytes / 64
+    return Unit(job, granules, 1, cost, fill=fill, tile=600 + tokens * 6, held=job.book)
