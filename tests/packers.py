@@ -106,7 +106,7 @@ def resident_place(tiles: np.ndarray, loads: int, steps: int, width: int = 8) ->
     """Vector row and column of the codes ``[tiles, loads, 32, steps]`` of 16 outputs each, to be broadcast."""
     row = 16 // width * tiles[:, None, None, None] + (LANES >> 3 & 1 if width == 8 else 0 * LANES)[:, None]
     step = np.arange(loads * steps).reshape(1, loads, 1, steps)
-    return row, step * 16 + (LANES % 8 + LANES // 16 * 8)[:, None]
+    return row, step * 16 + (LANES % 8 + LANES // 16 * 8 if width == 8 else LANES // 2)[:, None]
 
 
 def image_row(row: np.ndarray, image: int, rows: int) -> np.ndarray:

@@ -71,6 +71,16 @@ __device__ __forceinline__ void copy_async16(uint32_t shared, const void* global
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global));
 }
 
+// The first `bytes` of 16, and zeros.
+__device__ __forceinline__ void copy_async16(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes));
+}
+
+// Arrives, as one of those a barrier was initialised for, when this thread's copies so far are there.
+__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all but the last `Pending` groups of this thread's copies are there.

@@ -8,9 +8,11 @@
 namespace vptq {
 
 // How a job finds its weights: compact.cu, sliced.cuh, resident.cuh (codes of one byte for one book, of one byte for each
-// of two books, of two bytes), wide.cu (codes of two bytes for a book in memory); or that it has none and is the dot
-// product of a norm.
-enum class Kind : int { kCompact = 0, kSliced = 1, kBytes = 2, kBytePairs = 3, kShorts = 4, kDot = 5, kFar = 6 };
+// of two books, of two bytes), wide.cu (codes of two bytes for a book in memory; with those of one byte for a second
+// book in shared memory); or that it has none and is the dot product of a norm.
+enum class Kind : int {
+  kCompact = 0, kSliced = 1, kBytes = 2, kBytePairs = 3, kShorts = 4, kDot = 5, kFar = 6, kFarBytes = 7
+};
 
 // One thread block's piece of work, as vllm_vptq/layouts/work.py writes it: 24 int32.
 struct Job {
@@ -26,8 +28,8 @@ struct Job {
   int res_book;    // or -1
   int res_rows;
   int copies;      // images of the book in shared memory; far: 16-byte rows of an entry
-  int lists;       // sliced: offset in `codes` of the offsets of this slice's lists
-  int list_tiles;  // sliced: column tiles, i.e. lists per vector row
+  int lists;       // sliced: offset in `codes` of the offsets of this slice's lists; far with bytes: of the bytes
+  int list_tiles;  // sliced: column tiles, i.e. lists per vector row; far with bytes: words of 16 outputs
   int out;         // where its sums go: offset in a token's row of the workspace
   int vector_len, plane;  // elements plane * 8 .. of every vector
   int index_bits, res_bits;

@@ -50,7 +50,7 @@ __global__ void codes_kernel(Stream main, Stream residual, int loads, int book_r
     unsigned words[4] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; s++) {
-      const int column = (l * kSteps + s) * 16 + lane % 8 + lane / 16 * 8;
+      const int column = (l * kSteps + s) * 16 + (width == 16 ? lane / 2 : lane % 8 + lane / 16 * 8);
       const bool inside = row < main.rows && column < main.columns;
       unsigned code = inside ? stream_index(main, row, column) : 0;
       const unsigned extra = kPairs && inside ? stream_index(residual, row, column) : 0;

@@ -16,8 +16,8 @@ constexpr int kConsumerWarps = kConsumers / 32;
 constexpr int kGranule = 256;       // columns: jobs begin at multiples of it
 constexpr int kRingBytes = 32768;   // of activations
 constexpr int kMostStages = 8;
-constexpr int kFarChunks = 4;       // a warp's ring of gathered vectors, in chunks of 4 steps
-constexpr int kStepBytes = 512;     // of a step, 32 vectors
+constexpr int kStepBytes = 512;     // of a step's 32 vectors; a warp gathers those of a granule
+constexpr int kFarBytes = kGranule / 16 * kStepBytes;
 
 template <int N>
 struct Shape {  // a tile of activations: [columns / 64][N][64], every 64 columns as wgmma_descriptor wants them
@@ -33,22 +33,48 @@ struct Ring {
 
   __device__ void initialise() {
     for (int i = 0; i < kMostStages; i++) {
-      initialise_barrier(shared_address(full + i), kProducers / 32);
+      initialise_barrier(shared_address(full + i), kProducers);
       initialise_barrier(shared_address(empty + i), kConsumerWarps);
     }
   }
 };
 
-// Fetches and scales activations, a tile ahead of storing them.
+// Brings activations that need nothing done to them; as many tiles are under way as there are stages.
+template <typename T, int N>
+__device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job& job, Ring& ring, unsigned& done,
+                                                 char* stages) {
+  using Tile = Shape<N>;
+  constexpr int kAcross = Tile::kColumns / 8;  // pieces of a token
+  const int thread = threadIdx.x - kConsumers, piece = thread % kAcross, first_slot = thread / kAcross;
+  const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
+  int column = job.column_begin + piece * 8;
+  for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++, column += Tile::kColumns) {
+    const int stage = done % Tile::kStages;
+    wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
+    const int left = min(8, job.column_end - column) * 2;
+#pragma unroll
+    for (int i = 0; i < Tile::kPieces; i++) {
+      const int slot = first_slot + i * (kProducers / kAcross);
+      const bool there = left > 0 && slot < tokens.count;
+      const T* from = static_cast<const T*>(tokens.x) + (there ? slot * tokens.row_stride + column : 0);
+      copy_async16(shared_address(stages) + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8), from,
+                   there ? left : 0);
+    }
+    arrive_after_copies(shared_address(ring.full + stage));
+  }
+}
+
+// Fetches, scales and gathers activations, a tile ahead of storing them.
 template <typename T, int N>
 __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
                                         unsigned& done, char* stages) {
   using Tile = Shape<N>;
   const Inputs<T> inputs(layer, tokens, job, N == 8 ? 8 : 0);
-  const int thread = threadIdx.x - kConsumers, lane = threadIdx.x % 32;
-  constexpr int kAcross = Tile::kColumns / 8;  // pieces of a token
+  const int thread = threadIdx.x - kConsumers;
+  constexpr int kAcross = Tile::kColumns / 8;
   const int piece = thread % kAcross, first_slot = thread / kAcross;
   const bool aligned = !inputs.list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
+  if (aligned && !inputs.scale) return copy_activations<T, N>(tokens, job, ring, done, stages);
 
   uint4 raw[Tile::kPieces];
   float4 scales[2];
@@ -112,9 +138,7 @@ __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens
       const int slot = first_slot + i * (kProducers / kAcross);
       *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) = now[i];
     }
-    fence_for_tensor_cores();
-    __syncwarp();
-    if (lane == 0) arrive(shared_address(ring.full + stage));
+    arrive(shared_address(ring.full + stage));
   }
 }
 
@@ -123,9 +147,11 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
                                         unsigned& done, uint32_t stages, uint4* books, float* workspace,
                                         int64_t stride) {
   using Tile = Shape<N>;
-  constexpr bool kFar = kKind == Kind::kFar, kPairs = kKind == Kind::kBytePairs;
+  constexpr bool kFar = kKind == Kind::kFar || kKind == Kind::kFarBytes;
+  constexpr bool kTwo = kKind == Kind::kBytePairs || kKind == Kind::kFarBytes;  // books
   constexpr int kLoads = kKind == Kind::kBytes ? 1 : 2;  // of codes, for a granule
-  constexpr int kChunkSteps = kPairs ? 2 : 4;            // steps of 16 columns, looked up together: 4 look-ups
+  constexpr int kMore = kKind == Kind::kFarBytes ? 1 : 0;  // of the residual's
+  constexpr int kChunkSteps = kTwo ? 2 : 4;                // steps of 16 columns, looked up together: 4 look-ups
   constexpr int kChunks = kGranule / 16 / kChunkSteps;
   constexpr int kTileChunks = Tile::kColumns / 16 / kChunkSteps;
   static_assert(kTileChunks >= 1 && kChunks % kTileChunks == 0);
@@ -135,10 +161,11 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
 
   const int first_granule = job.column_begin / kGranule;
   const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
-  const int row_loads = job.row_words / 128;
-  const uint4* codes =
-      reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(mine ? row : job.row_begin) * row_loads * 32 + lane;
-  uint4 now[kLoads], next[kLoads];
+  const int row_loads = job.row_words / 128, res_row_loads = job.list_tiles / 128;
+  const int any_row = mine ? row : job.row_begin;
+  const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(any_row) * row_loads * 32 + lane;
+  const uint4* res_codes = reinterpret_cast<const uint4*>(layer.codes + job.lists) + size_t(any_row) * res_row_loads * 32 + lane;
+  uint4 now[kLoads + kMore], next[kLoads + kMore];
   auto load_codes = [&](int granule) {
 #pragma unroll
     for (int l = 0; l < kLoads; l++) {
@@ -146,28 +173,53 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
       next[l] = make_uint4(0, 0, 0, 0);
       if (granule < granules && load < row_loads && mine) next[l] = load_once(codes + load * 32);
     }
+    if constexpr (kMore) {
+      const int load = first_granule + granule;
+      next[kLoads] = make_uint4(0, 0, 0, 0);
+      if (granule < granules && load < res_row_loads && mine) next[kLoads] = load_once(res_codes + load * 32);
+    }
   };
-  // What step `s` of a granule (a constant) looks up: 16 bits, or 8.
-  auto code = [&](const uint4 (&words)[kLoads], int s, int book) -> unsigned {
-    const uint4& load = words[kLoads == 1 ? 0 : s / 8];
-    const int at = kLoads == 1 ? s / 4 : s % 8 / 2;
+  // What step `s` of a granule (a constant) looks up in the first or the second book.
+  auto code = [&](const uint4 (&words)[kLoads + kMore], int s, bool second) -> unsigned {
+    const bool bytes = kKind == Kind::kBytes || (kMore && second);
+    const uint4& load = words[kMore && second ? kLoads : bytes ? 0 : s / 8];
+    const int at = bytes ? s / 4 : s % 8 / 2;
     const unsigned word = at == 0 ? load.x : at == 1 ? load.y : at == 2 ? load.z : load.w;
-    if (kKind == Kind::kBytes) return word >> (8 * (s % 4)) & 0xff;
-    if (kPairs) return word >> (16 * (s % 2) + 8 * book) & 0xff;
+    if (bytes) return word >> (8 * (s % 4)) & 0xff;
+    if (kKind == Kind::kBytePairs) return word >> (16 * (s % 2) + 8 * second) & 0xff;
     return word >> (16 * (s % 2)) & 0xffff;
   };
 
-  const uint32_t base = shared_address(books) + (kFar ? warp * (kFarChunks * 4 * kStepBytes) + lane * 16
-                                                 : kKind == Kind::kShorts ? 0 : lane % 8 * 16);
-  const uint32_t res_base = base + ((job.book_rows + 7) & ~7) * job.copies * 16;
-  const uint4* far = static_cast<const uint4*>(layer.books) + job.book + job.plane + (job.width == 16 ? lane >> 3 & 1 : 0);
-  auto gather = [&](const uint4 (&words)[kLoads], int chunk, bool wanted) {
+  const uint32_t base = shared_address(books) + (kKind == Kind::kShorts ? 0 : lane % 8 * 16);
+  const uint32_t res_base = kKind == Kind::kBytePairs ? base + ((job.book_rows + 7) & ~7) * job.copies * 16 : base;
+  const uint32_t gathered = shared_address(books) + (kMore ? ((job.res_rows + 7) & ~7) * 8 * 16 : 0) + warp * kFarBytes;
+  // Both halves of an entry of 32 bytes are asked for by neighbouring lanes, that they be fetched once.
+  const bool halves_of_16 = job.width == 16;
+  const uint32_t gather_to = gathered + (halves_of_16 ? lane / 2 % 8 + lane % 2 * 8 + lane / 16 * 16 : lane) * 16;
+  const uint4* far = static_cast<const uint4*>(layer.books) + job.book + job.plane + (halves_of_16 ? lane % 2 : 0);
+  auto gather = [&](int chunk, bool wanted) {  // of the granule whose codes are `next`
     if (wanted && mine) {
 #pragma unroll
-      for (int s = 0; s < 4; s++)
-        copy_async16(base + (chunk * 4 + s) * kStepBytes, far + size_t(code(words, chunk * 4 + s, 0)) * job.copies);
+      for (int i = 0; i < kChunkSteps; i++) {
+        const int s = chunk * kChunkSteps + i;
+        copy_async16(gather_to + s * kStepBytes, far + size_t(code(next, s, false)) * job.copies);
+      }
     }
     copy_async_commit();
+  };
+  unsigned a[2][4][4];
+  auto look_up = [&](const uint4 (&words)[kLoads + kMore], int chunk) {
+    auto& fragments = a[chunk % 2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int s = chunk * kChunkSteps + (kTwo ? i / 2 : i);
+      const bool second = kTwo && i % 2;
+      if (kFar && !second)
+        ldmatrix_trans(fragments[i], gathered + s * kStepBytes + lane * 16);
+      else
+        ldmatrix_trans(fragments[i], (second ? res_base : base) +
+                                         code(words, s, second) * (kKind == Kind::kShorts ? 16 : 128));
+    }
   };
 
   float sums[N / 2];
@@ -176,48 +228,42 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   load_codes(0);
   if constexpr (kFar) {
 #pragma unroll
-    for (int c = 0; c + 1 < kFarChunks; c++) gather(next, c, true);
+    for (int c = 0; c < kChunks; c++) gather(c, true);
+    copy_async_wait<kChunks - 1>();
+    __syncwarp();
   }
+  look_up(next, 0);
   int unreleased = -1;  // a stage whose last products are under way
-  unsigned a[2][4][4];
   for (int g = 0; g < granules; g++) {
 #pragma unroll
-    for (int l = 0; l < kLoads; l++) now[l] = next[l];
+    for (int l = 0; l < kLoads + kMore; l++) now[l] = next[l];
     load_codes(g + 1);
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
-      auto& fragments = a[c % 2];
+      // The next chunk is looked up while this one is multiplied, into registers of the one before.
+      wgmma_wait<0>();
+      if (unreleased >= 0 && lane == 0) arrive(shared_address(ring.empty + unreleased));
+      unreleased = -1;
       if constexpr (kFar) {
+        copy_async_wait<kChunks - 2>();
         __syncwarp();
-        constexpr int kAhead = kFarChunks - 1;
-        if (c + kAhead < kChunks) gather(now, (c + kAhead) % kFarChunks, true);
-        else gather(next, (c + kAhead) % kFarChunks, g + 1 < granules);
-        copy_async_wait<kAhead>();
-        __syncwarp();
-#pragma unroll
-        for (int s = 0; s < 4; s++) ldmatrix_trans(fragments[s], base + (c * 4 + s) * kStepBytes);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int s = c * kChunkSteps + (kPairs ? i / 2 : i);
-          const unsigned entry = code(now, s, kPairs ? i % 2 : 0);
-          ldmatrix_trans(fragments[i],
-                         (kPairs && i % 2 ? res_base : base) + entry * (kKind == Kind::kShorts ? 16 : 128));
-        }
       }
+      if (c + 1 < kChunks) look_up(now, c + 1);
+      else look_up(next, 0);
       const int stage = done % Tile::kStages;
-      if (c % kTileChunks == 0) wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
+      if (c % kTileChunks == 0) {
+        wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
+        fence_for_tensor_cores();
+      }
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int s = c % kTileChunks * kChunkSteps + (kPairs ? i / 2 : i);  // within the tile
-        wgmma<T, N>(sums, fragments[i],
+        const int s = c % kTileChunks * kChunkSteps + (kTwo ? i / 2 : i);  // within the tile
+        wgmma<T, N>(sums, a[c % 2][i],
                     wgmma_descriptor(stages + stage * Tile::kBytes + s / 4 * N * 128 + s % 4 * 32));
       }
       wgmma_commit();
-      wgmma_wait<1>();
-      if (unreleased >= 0 && lane == 0) arrive(shared_address(ring.empty + unreleased));
-      unreleased = -1;
+      if constexpr (kFar) gather(c, g + 1 < granules);
       if ((c + 1) % kTileChunks == 0) {
         unreleased = stage;
         done++;
@@ -271,7 +317,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       held = job.book;
       res_held = job.res_book;
       const uint4* all = static_cast<const uint4*>(layer.books);
-      if (kind == Kind::kShorts) {
+      if (kind == Kind::kFarBytes) {
+        fill_images<true>(books, all + job.res_book, job.res_rows, 8);
+      } else if (kind == Kind::kShorts) {
         fill_images<false>(books, all + job.book, job.book_rows, job.copies);
       } else {
         fill_images<true>(books, all + job.book, job.book_rows, job.copies);
@@ -295,6 +343,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         break;
       case Kind::kShorts:
         consume<T, N, Kind::kShorts>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        break;
+      case Kind::kFarBytes:
+        consume<T, N, Kind::kFarBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
         break;
       default:
         consume<T, N, Kind::kFar>(layer, tokens, job, ring, done, stages, books, workspace, stride);
@@ -329,6 +380,7 @@ cudaError_t multiply_wide(Type type, Kind only, const Layer& layer, const Tokens
       case Kind::kBytePairs: return go(run<T, N, Kind::kBytePairs>);
       case Kind::kShorts: return go(run<T, N, Kind::kShorts>);
       case Kind::kFar: return go(run<T, N, Kind::kFar>);
+      case Kind::kFarBytes: return go(run<T, N, Kind::kFarBytes>);
       default: return go(run<T, N, Kind::kDot>);
     }
   };

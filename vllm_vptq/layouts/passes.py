@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ def store_norm(shard: ModuleShard, norm: Flat) -> NormPlace:
 class Pass:
     """One book, the elements of its vectors from ``8 * plane``, ``width`` of them, and the codes to look up in it.
 
-    ``book`` counts rows of 16 bytes. ``copies``: images of the book; of a FAR one, rows of an entry.
+    ``book`` counts rows of 16 bytes. ``copies``: images of the book; of a FAR one, rows of an entry. FAR_BYTES: ``lists``
+    are the codes of the residual book, ``list_tiles`` their words of 16 outputs.
     """
 
     kind: Kind
@@ -70,6 +71,7 @@ class Pass:
     res_rows: int = 0
     copies: int = 1
     lists: int = 0
+    list_tiles: int = 0
     width: int = 8
 
     @property
@@ -89,11 +91,16 @@ class Pass:
     def shared_bytes(self) -> int:
         if self.kind == Kind.SLICED:
             return SLICED_BYTES
-        return RING_BYTES + (FAR_BYTES if self.kind == Kind.FAR else self.images_bytes)
+        gathered = FAR_BYTES if self.kind in (Kind.FAR, Kind.FAR_BYTES) else 0
+        return RING_BYTES + self.images_bytes + gathered
 
     @property
     def images_bytes(self) -> int:
-        return 0 if self.kind == Kind.FAR else (_round8(self.book_rows) + _round8(self.res_rows)) * 16 * self.copies
+        if self.kind == Kind.FAR:
+            return 0
+        if self.kind == Kind.FAR_BYTES:
+            return _round8(self.res_rows) * 16 * 8
+        return (_round8(self.book_rows) + _round8(self.res_rows)) * 16 * self.copies
 
     def job(self, place: NormPlace, column_list: int) -> Job:
         """A job over the whole pass, its first slice if it has several, whose sums have no place yet."""
@@ -112,7 +119,7 @@ class Pass:
             res_rows=self.res_rows,
             copies=self.copies,
             lists=self.lists,
-            list_tiles=-(-self.segment.num_columns // TILE_COLUMNS),
+            list_tiles=self.list_tiles,
             vector_len=self.segment.vector_len,
             plane=self.plane,
             width=self.width,
@@ -169,7 +176,7 @@ class _Packer:
         for plane in range(0, self.planes, step):
             width = 16 if step == 2 and plane + 1 < self.planes else 8
             many = [self._far(book, plane, width) if book.large else self._resident(book, plane) for book in own]
-            wide += many
+            wide += _together(many)
             decoded.append((many[0], many[1] if len(many) > 1 else None))
         for plane in range(self.planes):
             few += [self._sliced(book, plane) if book.large else self._resident(book, plane) for book in own]
@@ -211,7 +218,8 @@ class _Packer:
             )
             self._made[places[0]], self._made[places[1]] = self.codes.add(entries), self.codes.add(offsets)
         lists, offsets_at = (self._made[place] for place in places)
-        return Pass(Kind.SLICED, segment, plane, lists, 0, self._plane(book, plane), rows, lists=offsets_at)
+        at = self._plane(book, plane)
+        return Pass(Kind.SLICED, segment, plane, lists, 0, at, rows, lists=offsets_at, list_tiles=tiles)
 
     def _codes(
         self, kind: Kind, book: _Book, second: _Book | None, rows: int, copies: int, width: int
@@ -245,6 +253,15 @@ class _Packer:
             return self.books.add(entries) // 8
         elements = entries[:, 8 * plane : 8 * plane + 8]
         return self._once(("plane", book.shift, plane), lambda: self.books.add(_padded(elements)) // 8)
+
+
+def _together(passes: list[Pass]) -> list[Pass]:
+    """The same look-ups in fewer passes: a residual book of bytes goes along with a far one."""
+    if [pass_.kind for pass_ in passes] != [Kind.FAR, Kind.BYTES]:
+        return passes
+    far, small = passes
+    both = replace(far, kind=Kind.FAR_BYTES, res_book=small.book, res_rows=small.book_rows)
+    return [replace(both, lists=small.codes, list_tiles=small.row_words)]
 
 
 def _padded(entries: Tensor) -> Tensor:

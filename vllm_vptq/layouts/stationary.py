@@ -194,7 +194,7 @@ def _units(pass_: Pass, variant: Variant, place: NormPlace, column_list: int, pr
             column_end=end,
             book=pass_.book + slice_ * SLICE_ROWS,
             book_rows=min(whole.book_rows, pass_.book_rows - slice_ * SLICE_ROWS),
-            lists=pass_.lists + slice_ * pass_.rows * whole.list_tiles,
+            lists=pass_.lists + slice_ * pass_.rows * pass_.list_tiles,
             out=at + (slice_ * len(ranges) + i) * sums,
         )
         for slice_ in range(pass_.slices)

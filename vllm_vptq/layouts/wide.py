@@ -101,7 +101,8 @@ def _place_sums(
 def _unit(pass_: Pass, job: Job, tokens: int) -> Unit:
     """Costs are cycles of shared memory, or of the L2 cache; only their proportions matter."""
     images = {1: 10.7, 2: 7.5, 3: 6.0, 8: 4.0}
-    look_up = 44.0 if pass_.kind == Kind.FAR else images[pass_.copies]
+    far = pass_.kind in (Kind.FAR, Kind.FAR_BYTES)
+    look_up = 44.0 if far else images[pass_.copies]
     books = 2 if pass_.kind == Kind.BYTE_PAIRS else 1
     cost = TILES * GRANULE_COLUMNS / 16 * books * (look_up + tokens / 16)
     granules = -(-pass_.segment.num_columns // GRANULE_COLUMNS)

@@ -19,7 +19,7 @@ ABSENT = -1
 class Kind(IntEnum):
     """How a job finds its weights; see csrc/cuda/kernels.h."""
 
-    COMPACT, SLICED, BYTES, BYTE_PAIRS, SHORTS, DOT, FAR = range(7)
+    COMPACT, SLICED, BYTES, BYTE_PAIRS, SHORTS, DOT, FAR, FAR_BYTES = range(8)
 
 
 @dataclass
