@@ -110,14 +110,16 @@ struct Call {
       float* sums = workspace.mutable_data_ptr<float>();
       const Tokens part{static_cast<const char*>(x.const_data_ptr()) + first * x.size(1) * size, x.size(1), count};
       const Job* jobs = reinterpret_cast<const Job*>(at(v.jobs_at));
-      if (v.wide >= 0)
-        C10_CUDA_CHECK(multiply_wide(type, Kind(v.wide), layer, part, v.max_tokens, jobs, at(v.starts_at),
-                                     v.thread_blocks, sums, v.stride, plan.shared_bytes, stream));
-      else if (plan.stationary)
+      if (v.wide >= 0) {
+        const auto wide = type == Type::kHalf ? multiply_wide_half : multiply_wide_bfloat16;
+        C10_CUDA_CHECK(wide(Kind(v.wide), layer, part, v.max_tokens, jobs, at(v.starts_at), v.thread_blocks, sums, v.stride,
+                            plan.shared_bytes, stream));
+      } else if (plan.stationary) {
         C10_CUDA_CHECK(multiply(type, layer, part, jobs, at(v.starts_at), v.thread_blocks, sums, v.stride,
                                 plan.shared_bytes, stream));
-      else
+      } else {
         C10_CUDA_CHECK(multiply_compact(type, layer, part, jobs, v.thread_blocks, sums, v.stride, stream));
+      }
       C10_CUDA_CHECK(finish(type, v.modules.data(), v.modules.size(), v.parts.data(), v.parts.size(),
                             reinterpret_cast<const Module*>(at(v.modules_at)),
                             reinterpret_cast<const Part*>(at(v.parts_at)), at(0), sums, v.stride, layer.norm,

@@ -182,10 +182,10 @@ def test_more_outputs_than_are_decoded_at_a_time(layout):
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_warp_groups_at_any_count(name, extra, monkeypatch):
-    """Also where the layout leaves few tokens to another kernel."""
-    monkeypatch.setattr(stationary, "FEW_TOKENS", ())
-    monkeypatch.setattr(stationary, "WIDE_TOKENS", (8, 16, 32, 64))
+@pytest.mark.parametrize("most", [0, 16])
+def test_either_kernel_at_any_count(name, extra, most, monkeypatch):
+    """Also where the layout leaves few tokens to the other."""
+    monkeypatch.setattr(stationary, "few_tokens", lambda *_: most)
     extras = EXTRAS[extra]
     spec = LayerSpec(300 + extras.get("outlier_size", 0), 417, **FORMATS[name], **extras)
     layer = Layer([spec, spec], torch.float16, "stationary")

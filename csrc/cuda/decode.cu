@@ -1,8 +1,8 @@
 // A stationary layer's weights, for products with many tokens, which are left to cuBLAS.
 //
-// A warp takes a pair of vector rows and 64 columns at a time. Its lanes look their vectors up through the caches, add
-// the residual's, apply the norm, and pass them through shared memory, where ldmatrix.trans turns vectors of 8 outputs
-// into rows of 8 columns: rows of the matrix are what a product wants to read.
+// A warp takes a pair of vector rows and 64 columns at a time. Vectors are copied to shared memory, two pieces of work
+// ahead; there ldmatrix.trans turns vectors of 8 outputs into rows of 8 columns, since rows of the matrix are what a
+// product wants to read; and the lane that holds 8 columns of an output adds the residual and applies the norm.
 #include <algorithm>
 
 #include "resident.cuh"
@@ -10,9 +10,10 @@
 namespace vptq {
 namespace {
 
-constexpr int kDecodeWarps = 8;
 constexpr int kWarpColumns = 128;  // whose codes a lane gets by one load, or half of one
-constexpr int kStage = 128;        // vectors of a warp in shared memory: 2 rows, 64 columns
+constexpr int kPiece = 128;        // vectors of a piece of work: 2 rows, 64 columns
+constexpr int kBlocks = 3;         // per multiprocessor
+__host__ __device__ constexpr int decode_warps(int books) { return 8 / books; }
 
 // The eight steps of 16 columns of one load of codes, or of half of one: which entry each looks up.
 struct Codes {
@@ -43,25 +44,20 @@ struct Codes {
   }
 };
 
+// Adds 8 numbers.
 template <typename T>
-__device__ __forceinline__ void widen(float (&to)[8], const uint4& raw) {
-  const T* v = reinterpret_cast<const T*>(&raw);
+__device__ __forceinline__ void add(float (&to)[8], const unsigned (&from)[4]) {
+  const T* v = reinterpret_cast<const T*>(from);
 #pragma unroll
-  for (int e = 0; e < 8; e++) to[e] = Number<T>::wide(v[e]);
+  for (int e = 0; e < 8; e++) to[e] += Number<T>::wide(v[e]);
 }
 
-// What a warp's lane looks up of 64 columns, from one book or from two.
-template <int Books>
-struct Vectors {
-  uint4 of[Books][4];
-};
-
 template <typename T, int Books>
-__global__ void __launch_bounds__(kDecodeWarps * 32, 2)
+__global__ void __launch_bounds__(decode_warps(Books) * 32, kBlocks)
     decode_kernel(const Layer layer, const __grid_constant__ Job job, const __grid_constant__ Job residual,
                   const Module module, const Part part, T* __restrict__ weight, int64_t stride, const Window window,
                   int first_row, int rows, int blocks) {
-  __shared__ uint4 staged[kDecodeWarps][kStage];
+  __shared__ uint4 staged[decode_warps(Books)][2][Books][kPiece];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool wide = job.width == 16;  // a vector row has two planes here; else there are two vector rows
   const bool pairs = Kind(job.kind) == Kind::kBytePairs;
@@ -89,74 +85,63 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 2)
     if (Books == 2 && !pairs) words.of[Books - 1] = more.load(row, block, lane);
     return words;
   };
-  auto look_up = [&](const Words& words, auto half) {
-    Vectors<Books> found;
+  // Columns that ldmatrix reads together lie in different banks.
+  auto slot = [](int vectors, int column) { return vectors * 64 + (column ^ (column >> 3 << 1 & 7)); };
+  auto copy = [&](const Words& words, auto half) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      found.of[0][i] = __ldg(book + size_t(codes.entry(words.of[0], half * 4 + i, false)) * planes);
+      const int to = slot(odd, i * 16 + lane_column);
+      copy_async16_cached(shared_address(&staged[warp][half][0][to]),
+                          book + size_t(codes.entry(words.of[0], half * 4 + i, false)) * planes);
       if (Books == 2)
-        found.of[Books - 1][i] =
-            pairs ? __ldg(res_book + codes.entry(words.of[0], half * 4 + i, true))
-                  : __ldg(res_book + size_t(more.entry(words.of[Books - 1], half * 4 + i, false)) * res_planes);
+        copy_async16_cached(shared_address(&staged[warp][half][Books - 1][to]),
+                            res_book + (pairs ? codes.entry(words.of[0], half * 4 + i, true)
+                                              : size_t(more.entry(words.of[Books - 1], half * 4 + i, false)) * res_planes));
     }
-    return found;
+    copy_async_commit();
   };
-  auto first_output = [&](int row, int half) {  // of the vectors of lanes whose `odd` is `half`
-    const int vector_row = wide ? row : 2 * row + half;
-    return vector_row * part.vector_len + (job.plane + (wide ? half : 0)) * 8 - part.skip;
-  };
-  auto store = [&](int unit, int half, Vectors<Books>& found) {
+  auto store = [&](int unit, auto half) {
     const int row = first_row + unit / blocks, begin = unit % blocks * kWarpColumns + half * 64;
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int at = i * 16 + lane_column;  // within 64 columns
-      uint4 raw = found.of[0][i];
-      if (Books == 2 || scale || module.scale >= 0) {
-        float value[8];
-        widen<T>(value, raw);
-        if (Books == 2) {
-          float other[8];
-          widen<T>(other, found.of[Books - 1][i]);
-#pragma unroll
-          for (int e = 0; e < 8; e++) value[e] += other[e];
-        }
-        if (scale) {
-          const int column = min(begin + at, job.column_end - 1);
-          const int source = list ? __ldg(list + column) : column;
-          const float factor = __ldg(scale + source), offset = __ldg(shift + source);
-#pragma unroll
-          for (int e = 0; e < 8; e++) value[e] = value[e] * factor + offset;
-        }
-        if (module.scale >= 0) {
-          const int mine = first_output(row, odd);
-#pragma unroll
-          for (int e = 0; e < 8; e++) {
-            const int output = min(max(mine + e, 0), module.out_end - module.out_begin - 1);
-            value[e] = value[e] * __ldg(layer.norm + module.scale + output) + __ldg(layer.norm + module.shift + output);
-          }
-        }
-        T out[8];
-#pragma unroll
-        for (int e = 0; e < 8; e++) out[e] = Number<T>::narrow(value[e]);
-        raw = make_uint4(pack(out[0], out[1]), pack(out[2], out[3]), pack(out[4], out[5]), pack(out[6], out[7]));
-      }
-      // Columns that ldmatrix reads together lie in different banks.
-      staged[warp][odd * 64 + (at ^ (at >> 3 << 1 & 7))] = raw;
-    }
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       // Row j of matrix m is column 8 (j / 2) + 2 m + j % 2, so that a lane ends with 8 consecutive ones of an output.
-      const int at = i % 2 * 32 + lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2, vectors = i / 2;
+      const int vectors = i / 2;
+      const int from = slot(vectors, i % 2 * 32 + lane % 8 / 2 * 8 + lane / 8 * 2 + lane % 2);
       unsigned columns[4];
-      ldmatrix_trans(columns, shared_address(&staged[warp][vectors * 64 + (at ^ (at >> 3 << 1 & 7))]));
-      const int element = lane / 4, output = first_output(row, vectors) + element;
-      const int elements = part.vector_len - (job.plane + (wide ? vectors : 0)) * 8;
+      ldmatrix_trans(columns, shared_address(&staged[warp][half][0][from]));
+      const int vector_row = wide ? row : 2 * row + vectors, plane = job.plane + (wide ? vectors : 0);
+      const int element = lane / 4, output = vector_row * part.vector_len + plane * 8 - part.skip + element;
       const int column = begin + i % 2 * 32 + lane % 4 * 8;
-      if (element >= elements || output < window.begin || output >= window.end) continue;
+      const bool whole = !list && column + 8 <= job.column_end;
+      const bool kept = plane * 8 + element < part.vector_len && output >= window.begin && output < window.end;
+      if (Books == 2 || scale || module.scale >= 0) {
+        float value[8] = {};
+        add<T>(value, columns);
+        if (Books == 2) {
+          unsigned extra[4];
+          ldmatrix_trans(extra, shared_address(&staged[warp][half][Books - 1][from]));
+          add<T>(value, extra);
+        }
+        if (scale && kept) {
+#pragma unroll
+          for (int e = 0; e < 8; e++) {
+            const int at = min(column + e, job.column_end - 1), source = list ? __ldg(list + at) : at;
+            value[e] = value[e] * __ldg(scale + source) + __ldg(shift + source);
+          }
+        }
+        if (module.scale >= 0 && kept) {
+          const float factor = __ldg(layer.norm + module.scale + output);
+          const float offset = __ldg(layer.norm + module.shift + output);
+#pragma unroll
+          for (int e = 0; e < 8; e++) value[e] = value[e] * factor + offset;
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          columns[e] = pack(Number<T>::narrow(value[2 * e]), Number<T>::narrow(value[2 * e + 1]));
+      }
+      if (!kept) continue;
       T* to = weight + int64_t(output - window.begin) * stride;
-      if (!list && column + 8 <= job.column_end && stride % 8 == 0) {
+      if (whole && stride % 8 == 0) {
         *reinterpret_cast<uint4*>(to + column) = make_uint4(columns[0], columns[1], columns[2], columns[3]);
       } else {
         const T* values = reinterpret_cast<const T*>(columns);
@@ -167,21 +152,26 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 2)
     }
   };
 
-  // Vectors of the next 64 columns, and codes of those behind, are under way while these are stored.
-  const int step = gridDim.x * kDecodeWarps, units = rows * blocks;
-  int unit = blockIdx.x * kDecodeWarps + warp;
+  const int step = gridDim.x * decode_warps(Books), units = rows * blocks;
+  int unit = blockIdx.x * decode_warps(Books) + warp;
   if (unit >= units) return;
-  Words words = load(unit), next = load(min(unit + step, units - 1));
   constexpr std::integral_constant<int, 0> kFirst;
   constexpr std::integral_constant<int, 1> kSecond;
-  Vectors<Books> first = look_up(words, kFirst);
+  auto at_most = [&](int u) { return min(u, units - 1); };
+  const Words words = load(unit);
+  copy(words, kFirst);
+  copy(words, kSecond);
+  Words next = load(at_most(unit + step));
   for (; unit < units; unit += step) {
-    Vectors<Books> second = look_up(words, kSecond);
-    store(unit, 0, first);
-    words = next;
-    next = load(min(unit + 2 * step, units - 1));
-    first = look_up(words, kFirst);
-    store(unit, 1, second);
+    const Words now = next;
+    next = load(at_most(unit + 2 * step));
+    unrolled<2>([&](auto half) {
+      copy_async_wait<1>();
+      __syncwarp();
+      store(unit, half);
+      __syncwarp();
+      copy(now, half);
+    });
   }
 }
 
@@ -195,17 +185,20 @@ cudaError_t decode(Type type, const Layer& layer, const Job& job, const Job& res
   const int last = std::min((window.end + part.skip + outputs - 1) / outputs, job.row_end);
   if (last <= first) return cudaSuccess;
   const int blocks = (job.column_end + kWarpColumns - 1) / kWarpColumns;
-  // As many as are at work at once on a large GPU.
-  const int grid = std::min((blocks * (last - first) + kDecodeWarps - 1) / kDecodeWarps, 2 * 160);
-  auto go = [&](auto kernel, auto number) {
-    return launch(kernel, dim3(grid), kDecodeWarps * 32, 0, stream, false, layer, job, residual, module, part,
-                  static_cast<decltype(number)*>(weight), stride, window, first, last - first, blocks);
+  int device, processors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  auto go = [&](auto kernel, auto number, int books) {
+    const int warps = decode_warps(books), grid = (blocks * (last - first) + warps - 1) / warps;
+    return launch(kernel, dim3(std::min(grid, processors * kBlocks)), warps * 32, 0, stream, false, layer, job, residual,
+                  module, part, static_cast<decltype(number)*>(weight), stride, window, first, last - first, blocks);
   };
-  auto books = [&](auto one, auto two, auto number) {
-    return residual.kind >= 0 || Kind(job.kind) == Kind::kBytePairs ? go(two, number) : go(one, number);
-  };
-  return type == Type::kHalf ? books(decode_kernel<__half, 1>, decode_kernel<__half, 2>, __half())
-                             : books(decode_kernel<__nv_bfloat16, 1>, decode_kernel<__nv_bfloat16, 2>, __nv_bfloat16());
+  const bool two = residual.kind >= 0 || Kind(job.kind) == Kind::kBytePairs;
+  if (type == Type::kHalf)
+    return two ? go(decode_kernel<__half, 2>, __half(), 2) : go(decode_kernel<__half, 1>, __half(), 1);
+  return two ? go(decode_kernel<__nv_bfloat16, 2>, __nv_bfloat16(), 2)
+             : go(decode_kernel<__nv_bfloat16, 1>, __nv_bfloat16(), 1);
 }
 
 }  // namespace vptq

@@ -71,6 +71,11 @@ __device__ __forceinline__ void copy_async16(uint32_t shared, const void* global
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global));
 }
 
+// The same through the L1 cache.
+__device__ __forceinline__ void copy_async16_cached(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global));
+}
+
 // The first `bytes` of 16, and zeros.
 __device__ __forceinline__ void copy_async16(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes));

@@ -8,7 +8,7 @@
 namespace vptq {
 
 // How a job finds its weights: compact.cu, sliced.cuh, resident.cuh (codes of one byte for one book, of one byte for each
-// of two books, of two bytes), wide.cu (codes of two bytes for a book in memory; with those of one byte for a second
+// of two books, of two bytes), wide.cuh (codes of two bytes for a book in memory; with those of one byte for a second
 // book in shared memory); or that it has none and is the dot product of a norm.
 enum class Kind : int {
   kCompact = 0, kSliced = 1, kBytes = 2, kBytePairs = 3, kShorts = 4, kDot = 5, kFar = 6, kFarBytes = 7
@@ -39,7 +39,7 @@ struct Job {
 };
 static_assert(sizeof(Job) == 96, "24 int32");
 
-constexpr int kWideRows = 192;  // outputs a block of wide.cu computes at once
+constexpr int kWideRows = 192;  // outputs a block of wide.cuh computes at once
 
 // Sums that belong to the same outputs: `splits` rows of the workspace, `stride` apart.
 struct Part {
@@ -79,9 +79,12 @@ struct Tokens {
 // Sums into the workspace [tokens, stride] (float32); thread block i takes jobs starts[i] to starts[i + 1]. Of up to 16
 // tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs
 // with look-ups being of kind `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
-cudaError_t multiply_wide(Type type, Kind only, const Layer&, const Tokens&, int slots, const Job* jobs,
-                          const int32_t* starts, int thread_blocks, float* workspace, int64_t stride, int shared_bytes,
-                          cudaStream_t);
+cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, int slots, const Job* jobs,
+                               const int32_t* starts, int thread_blocks, float* workspace, int64_t stride,
+                               int shared_bytes, cudaStream_t);
+cudaError_t multiply_wide_bfloat16(Kind only, const Layer&, const Tokens&, int slots, const Job* jobs,
+                                   const int32_t* starts, int thread_blocks, float* workspace, int64_t stride,
+                                   int shared_bytes, cudaStream_t);
 cudaError_t multiply(Type type, const Layer&, const Tokens&, const Job* jobs, const int32_t* starts, int thread_blocks,
                      float* workspace, int64_t stride, int shared_bytes, cudaStream_t);
 cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Job* jobs, int thread_blocks,

@@ -16,7 +16,7 @@ SLICE_BITS = 13
 SLICE_ROWS = 1 << SLICE_BITS
 TILE_COLUMNS = 2048
 RING_BYTES = 32 * 1024
-"""Of activations in csrc/cuda/wide.cu, of sums in resident.cuh; images of the books lie behind."""
+"""Of activations in csrc/cuda/wide.cuh, of sums in resident.cuh; images of the books lie behind."""
 IMAGE_BYTES = 192 * 1024
 """For images of a book: of the 227 KiB a block can have, less the buffers."""
 FAR_BYTES = 12 * 8 * 1024
@@ -56,8 +56,8 @@ def store_norm(shard: ModuleShard, norm: Flat) -> NormPlace:
 class Pass:
     """One book, the elements of its vectors from ``8 * plane``, ``width`` of them, and the codes to look up in it.
 
-    ``book`` counts rows of 16 bytes. ``copies``: images of the book; of a FAR one, rows of an entry. FAR_BYTES: ``lists``
-    are the codes of the residual book, ``list_tiles`` their words of 16 outputs.
+    ``book`` counts rows of 16 bytes. ``copies``: images of the book; of a FAR one, rows of an entry. FAR_BYTES:
+    ``lists`` are the codes of the residual book, ``list_tiles`` their words of 16 outputs.
     """
 
     kind: Kind

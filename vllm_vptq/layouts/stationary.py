@@ -36,10 +36,8 @@ SPAN_COLUMNS = 2 * TILE_COLUMNS
 WARPS = 16
 WARP_COLUMNS = 256
 """Columns of a resident pass whose activations a warp holds."""
-FEW_TOKENS = (8, 16)
-"""Most tokens of a call, one entry per variant that keeps activations in registers or beside a slice."""
-WIDE_TOKENS = (32, 64)
-"""The same of variants of csrc/cuda/wide.cu, where a GPU can run it."""
+TOKENS = (8, 16, 32, 64)
+"""Most tokens of a call, one entry per variant."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,11 @@ def build(
                 decodings.append(Decoding(len(parts), jobs[0], jobs[1], part))
         parts.append(_ModuleParts(shard, start, place, segments))
         start += shard.out_features
-    variants = [_few(tokens, parts, gpu.processors) for tokens in FEW_TOKENS]
-    if gpu.tensor_groups and any(module.segments for module in parts):
-        variants += [_wide(tokens, parts, gpu.processors) for tokens in WIDE_TOKENS]
+    packed_segments = [packed for module in parts for packed, _ in module.segments]
+    few = few_tokens(packed_segments, gpu)
+    variants = [_few(tokens, parts, gpu.processors) for tokens in TOKENS if tokens <= few]
+    if gpu.tensor_groups and packed_segments:
+        variants += [_wide(tokens, parts, gpu.processors) for tokens in TOKENS if tokens > few]
     passes = [p for module in parts for packed, _ in module.segments for p in (*packed.few, *packed.wide)]
     layer = LayerWork(
         stationary=True,
@@ -110,6 +110,19 @@ def build(
         work=work_tensor,
         plan=plan,
     )
+
+
+def few_tokens(segments: Sequence[Packed], gpu: Gpu) -> int:
+    """The most tokens of a call that csrc/cuda/multiply.cu serves better than wide.cuh, as measured on an H200.
+
+    Lists beat gathering from memory, where a book is too large, until their activations, looked up as well, cost more;
+    and sooner where a weight takes several look-ups of lists but fewer gathered ones.
+    """
+    if not gpu.tensor_groups or not segments:
+        return 16
+    if all(pass_.kind != Kind.SLICED for packed in segments for pass_ in packed.few):
+        return 0
+    return 16 if all(len(packed.few) == 1 for packed in segments) else 8
 
 
 def crossover_class(shards: Sequence[ModuleShard]) -> str:
@@ -164,7 +177,7 @@ def _few(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Varia
 
 
 def _wide(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Variant:
-    """The variant of calls of up to ``tokens`` by csrc/cuda/wide.cu."""
+    """The variant of calls of up to ``tokens`` by csrc/cuda/wide.cuh."""
     dots, records, passes, first = Variant(tokens), [], [], 0
     units: list[Unit] = []
     for module in modules:

@@ -1,4 +1,4 @@
-"""Jobs of csrc/cuda/wide.cu: products of 8 to 64 tokens, for which three warp groups of a block look weights up.
+"""Jobs of csrc/cuda/wide.cuh: products of 8 to 64 tokens, for which three warp groups of a block look weights up.
 
 A block computes 192 outputs at once and walks along the columns. Columns are divided so that all blocks of the GPU get
 as much to do: a block ends in the middle of some outputs, and the next goes on there. So the sums of some outputs come

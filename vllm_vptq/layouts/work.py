@@ -93,8 +93,8 @@ class Module(Record):
 class Variant:
     """How calls of up to ``max_tokens`` are worked off: the jobs of each thread block, and where sums go.
 
-    ``wide``: worked off by csrc/cuda/wide.cu, all look-ups being of this kind (DOT: of several); or ABSENT. ``counts``:
-    lists that parts name by their place here, until they are stored.
+    ``wide``: worked off by csrc/cuda/wide.cuh, all look-ups being of this kind (DOT: of several); or ABSENT.
+    ``counts``: lists that parts name by their place here, until they are stored.
     """
 
     max_tokens: int

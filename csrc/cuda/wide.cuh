@@ -4,12 +4,13 @@
 // is the A fragment of a wgmma, as in resident.cuh; but the activations are its B operand, which the tensor core reads
 // from shared memory by itself, once for 64 outputs. So a look-up serves all tokens, and sums stay in registers. A book
 // that does not fit shared memory stays where it is, and every warp gathers what it needs into a ring of its own.
+#pragma once
+
 #include "dot.cuh"
 #include "resident.cuh"
 #include "wgmma.cuh"
 
 namespace vptq {
-namespace {
 
 constexpr int kConsumers = kWideRows * 2, kProducers = 128, kWideThreads = kConsumers + kProducers;
 constexpr int kConsumerWarps = kConsumers / 32;
@@ -355,7 +356,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 }
 
 template <typename T, int N, Kind kOnly>
-cudaError_t run(const Layer& layer, const Tokens& tokens, const Job* jobs, const int32_t* starts, int thread_blocks,
+cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Job* jobs, const int32_t* starts, int thread_blocks,
                 float* workspace, int64_t stride, int shared_bytes, cudaStream_t stream) {
   auto kernel = wide_kernel<T, N, kOnly>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -364,37 +365,32 @@ cudaError_t run(const Layer& layer, const Tokens& tokens, const Job* jobs, const
                 workspace, stride);
 }
 
-}  // namespace
-
-cudaError_t multiply_wide(Type type, Kind only, const Layer& layer, const Tokens& tokens, int slots, const Job* jobs,
-                          const int32_t* starts, int thread_blocks, float* workspace, int64_t stride, int shared_bytes,
-                          cudaStream_t stream) {
+template <typename T>
+cudaError_t multiply_wide_of(Kind only, const Layer& layer, const Tokens& tokens, int slots, const Job* jobs,
+                             const int32_t* starts, int thread_blocks, float* workspace, int64_t stride,
+                             int shared_bytes, cudaStream_t stream) {
   auto go = [&](auto run) {
     return run(layer, tokens, jobs, starts, thread_blocks, workspace, stride, shared_bytes, stream);
   };
-  auto of_kind = [&](auto number, auto slots) {
-    using T = decltype(number);
+  auto of_kind = [&](auto slots) {
     constexpr int N = decltype(slots)::value;
     switch (only) {
-      case Kind::kBytes: return go(run<T, N, Kind::kBytes>);
-      case Kind::kBytePairs: return go(run<T, N, Kind::kBytePairs>);
-      case Kind::kShorts: return go(run<T, N, Kind::kShorts>);
-      case Kind::kFar: return go(run<T, N, Kind::kFar>);
-      case Kind::kFarBytes: return go(run<T, N, Kind::kFarBytes>);
-      default: return go(run<T, N, Kind::kDot>);
-    }
-  };
-  auto sized = [&](auto number) {
-    switch (slots) {
-      case 8: return of_kind(number, std::integral_constant<int, 8>());
-      case 16: return of_kind(number, std::integral_constant<int, 16>());
-      case 32: return of_kind(number, std::integral_constant<int, 32>());
-      case 64: return of_kind(number, std::integral_constant<int, 64>());
-      default: return cudaErrorInvalidValue;
+      case Kind::kBytes: return go(run_wide<T, N, Kind::kBytes>);
+      case Kind::kBytePairs: return go(run_wide<T, N, Kind::kBytePairs>);
+      case Kind::kShorts: return go(run_wide<T, N, Kind::kShorts>);
+      case Kind::kFar: return go(run_wide<T, N, Kind::kFar>);
+      case Kind::kFarBytes: return go(run_wide<T, N, Kind::kFarBytes>);
+      default: return go(run_wide<T, N, Kind::kDot>);
     }
   };
   if (tokens.count > slots) return cudaErrorInvalidValue;
-  return type == Type::kHalf ? sized(__half()) : sized(__nv_bfloat16());
+  switch (slots) {
+    case 8: return of_kind(std::integral_constant<int, 8>());
+    case 16: return of_kind(std::integral_constant<int, 16>());
+    case 32: return of_kind(std::integral_constant<int, 32>());
+    case 64: return of_kind(std::integral_constant<int, 64>());
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace vptq
