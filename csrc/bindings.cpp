@@ -17,7 +17,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kDecodedBytes = int64_t(1) << 27;  // of weights at a time, in products with many tokens
+constexpr int64_t kDecodedBytes = int64_t(1) << 29;  // of weights at a time, in products with many tokens
 
 Type type_of(const Tensor& x) {
   TORCH_CHECK(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,

@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kWarpColumns = 128;  // whose codes a lane gets by one load, or half of one
 constexpr int kPiece = 128;        // vectors of a piece of work: 2 rows, 64 columns
-constexpr int kBlocks = 3;         // per multiprocessor
-__host__ __device__ constexpr int decode_warps(int books) { return 8 / books; }
+__host__ __device__ constexpr int decode_warps(int books) { return 8 / books; }  // of a block
+__host__ __device__ constexpr int decode_blocks(int books) { return books == 1 ? 3 : 5; }  // per multiprocessor
 
 // The eight steps of 16 columns of one load of codes, or of half of one: which entry each looks up.
 struct Codes {
@@ -53,7 +53,7 @@ __device__ __forceinline__ void add(float (&to)[8], const unsigned (&from)[4]) {
 }
 
 template <typename T, int Books>
-__global__ void __launch_bounds__(decode_warps(Books) * 32, kBlocks)
+__global__ void __launch_bounds__(decode_warps(Books) * 32, decode_blocks(Books))
     decode_kernel(const Layer layer, const __grid_constant__ Job job, const __grid_constant__ Job residual,
                   const Module module, const Part part, T* __restrict__ weight, int64_t stride, const Window window,
                   int first_row, int rows, int blocks) {
@@ -87,16 +87,19 @@ __global__ void __launch_bounds__(decode_warps(Books) * 32, kBlocks)
   };
   // Columns that ldmatrix reads together lie in different banks.
   auto slot = [](int vectors, int column) { return vectors * 64 + (column ^ (column >> 3 << 1 & 7)); };
+  auto fetch = [](Kind kind, uint4* to, const uint4* from) {
+    if (kind == Kind::kFar) copy_async16(shared_address(to), from);  // the L1 cache would seldom have it
+    else copy_async16_cached(shared_address(to), from);
+  };
   auto copy = [&](const Words& words, auto half) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int to = slot(odd, i * 16 + lane_column);
-      copy_async16_cached(shared_address(&staged[warp][half][0][to]),
-                          book + size_t(codes.entry(words.of[0], half * 4 + i, false)) * planes);
+      fetch(codes.kind, &staged[warp][half][0][to], book + size_t(codes.entry(words.of[0], half * 4 + i, false)) * planes);
       if (Books == 2)
-        copy_async16_cached(shared_address(&staged[warp][half][Books - 1][to]),
-                            res_book + (pairs ? codes.entry(words.of[0], half * 4 + i, true)
-                                              : size_t(more.entry(words.of[Books - 1], half * 4 + i, false)) * res_planes));
+        fetch(pairs ? codes.kind : more.kind, &staged[warp][half][Books - 1][to],
+              res_book + (pairs ? codes.entry(words.of[0], half * 4 + i, true)
+                                : size_t(more.entry(words.of[Books - 1], half * 4 + i, false)) * res_planes));
     }
     copy_async_commit();
   };
@@ -191,7 +194,7 @@ cudaError_t decode(Type type, const Layer& layer, const Job& job, const Job& res
   if (error != cudaSuccess) return error;
   auto go = [&](auto kernel, auto number, int books) {
     const int warps = decode_warps(books), grid = (blocks * (last - first) + warps - 1) / warps;
-    return launch(kernel, dim3(std::min(grid, processors * kBlocks)), warps * 32, 0, stream, false, layer, job, residual,
+    return launch(kernel, dim3(std::min(grid, processors * decode_blocks(books))), warps * 32, 0, stream, false, layer, job, residual,
                   module, part, static_cast<decltype(number)*>(weight), stride, window, first, last - first, blocks);
   };
   const bool two = residual.kind >= 0 || Kind(job.kind) == Kind::kBytePairs;

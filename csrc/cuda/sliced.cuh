@@ -61,7 +61,7 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
                                              float* workspace, int64_t stride, uint4* shared) {
   constexpr int kTiles = kSpanTiles / Octets;
   constexpr int kPlaneRows = kTiles * kTileRows;
-  constexpr int kRing = 3, kAhead = 10;  // blocks on their way to a warp, and groups of 32 entries in each at most
+  constexpr int kRing = 2, kAhead = 10;  // blocks on their way to a warp, and groups of 32 entries in each at most
   constexpr int kBatch = 2;              // groups looked up together
   constexpr int kChains = Octets == 1 ? kBatch : 1;  // of dependent products
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -152,10 +152,11 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   constexpr bool kTwo = kKind == Kind::kBytePairs || kKind == Kind::kFarBytes;  // books
   constexpr int kLoads = kKind == Kind::kBytes ? 1 : 2;  // of codes, for a granule
   constexpr int kMore = kKind == Kind::kFarBytes ? 1 : 0;  // of the residual's
-  constexpr int kChunkSteps = kTwo ? 2 : 4;                // steps of 16 columns, looked up together: 4 look-ups
+  constexpr int kChunkSteps = kTwo ? 1 : 2;                // steps of 16 columns, looked up together: 2 look-ups
+  constexpr int kAhead = 2, kBuffers = 4;  // chunks that are looked up before they are multiplied; that have registers
   constexpr int kChunks = kGranule / 16 / kChunkSteps;
   constexpr int kTileChunks = Tile::kColumns / 16 / kChunkSteps;
-  static_assert(kTileChunks >= 1 && kChunks % kTileChunks == 0);
+  static_assert(kTileChunks >= 2 && kChunks % kTileChunks == 0 && kChunks % kBuffers == 0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = job.row_begin + warp;
   const bool mine = row < job.row_end;
@@ -208,13 +209,13 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     }
     copy_async_commit();
   };
-  unsigned a[2][4][4];
+  unsigned a[kBuffers][2][4];
   auto look_up = [&](const uint4 (&words)[kLoads + kMore], int chunk) {
-    auto& fragments = a[chunk % 2];
+    auto& fragments = a[chunk % kBuffers];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int s = chunk * kChunkSteps + (kTwo ? i / 2 : i);
-      const bool second = kTwo && i % 2;
+    for (int i = 0; i < 2; i++) {
+      const int s = chunk * kChunkSteps + (kTwo ? 0 : i);
+      const bool second = kTwo && i;
       if (kFar && !second)
         ldmatrix_trans(fragments[i], gathered + s * kStepBytes + lane * 16);
       else
@@ -230,27 +231,29 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   if constexpr (kFar) {
 #pragma unroll
     for (int c = 0; c < kChunks; c++) gather(c, true);
-    copy_async_wait<kChunks - 1>();
+    copy_async_wait<kChunks - kAhead>();
     __syncwarp();
   }
-  look_up(next, 0);
-  int unreleased = -1;  // a stage whose last products are under way
+#pragma unroll
+  for (int c = 0; c < kAhead; c++) look_up(next, c);
+  auto release = [&](unsigned tile) {
+    if (lane == 0) arrive(shared_address(ring.empty + tile % Tile::kStages));
+  };
   for (int g = 0; g < granules; g++) {
 #pragma unroll
     for (int l = 0; l < kLoads + kMore; l++) now[l] = next[l];
     load_codes(g + 1);
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
-      // The next chunk is looked up while this one is multiplied, into registers of the one before.
-      wgmma_wait<0>();
-      if (unreleased >= 0 && lane == 0) arrive(shared_address(ring.empty + unreleased));
-      unreleased = -1;
+      // While this chunk is multiplied, the one before may still be; those after it are looked up.
+      wgmma_wait<1>();
+      if (c % kTileChunks == 1 && (g || c > 1)) release(done - 1);
       if constexpr (kFar) {
-        copy_async_wait<kChunks - 2>();
+        copy_async_wait<kChunks - kAhead - 1>();
         __syncwarp();
       }
-      if (c + 1 < kChunks) look_up(now, c + 1);
-      else look_up(next, 0);
+      if (c + kAhead < kChunks) look_up(now, c + kAhead);
+      else look_up(next, c + kAhead - kChunks);
       const int stage = done % Tile::kStages;
       if (c % kTileChunks == 0) {
         wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
@@ -258,21 +261,18 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
       }
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int s = c % kTileChunks * kChunkSteps + (kTwo ? i / 2 : i);  // within the tile
-        wgmma<T, N>(sums, a[c % 2][i],
+      for (int i = 0; i < 2; i++) {
+        const int s = c % kTileChunks * kChunkSteps + (kTwo ? 0 : i);  // within the tile
+        wgmma<T, N>(sums, a[c % kBuffers][i],
                     wgmma_descriptor(stages + stage * Tile::kBytes + s / 4 * N * 128 + s % 4 * 32));
       }
       wgmma_commit();
       if constexpr (kFar) gather(c, g + 1 < granules);
-      if ((c + 1) % kTileChunks == 0) {
-        unreleased = stage;
-        done++;
-      }
+      if ((c + 1) % kTileChunks == 0) done++;
     }
   }
   wgmma_wait<0>();
-  if (lane == 0) arrive(shared_address(ring.empty + unreleased));
+  release(done - 1);
   wait_for_previous();  // whose sums may lie in this workspace
   const bool halves = N == 8 && job.scale >= 0 && tokens.count <= 4;  // slots 4 .. 7: what rounding has cut off
 #pragma unroll
