@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vllm_vptq.packing import pack_indices, unpack_indices
-from vllm_vptq.specs import LayerSpec, LayerSpecs, VPTQFormatError, is_vptq_section, read_layer_specs
+from vllm_vptq.specs import LayerSpec, LayerSpecs, VPTQFormatError, is_vptq_section, parse_format, read_layer_specs
 
 __all__ = [
     "LayerSpec",
@@ -31,6 +31,7 @@ __all__ = [
     "effective_bits",
     "is_vptq_section",
     "pack_indices",
+    "parse_format",
     "read_layer_specs",
     "tensor_shapes",
     "unpack_indices",
