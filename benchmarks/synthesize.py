@@ -190,7 +190,8 @@ def _write_weights(
         pending.clear()
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True) as progress:
+    columns += (TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=_total_bytes(shape, specs, dtype))
         for part, tensors in _tensors(shape, specs, dtype, seed):
             pending |= tensors

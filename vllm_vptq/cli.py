@@ -1,4 +1,4 @@
-"""The command line of serving: ``vllm-vptq doctor``."""
+"""The command line of serving: ``vllm-vptq doctor | inspect``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from vllm_vptq.build import BuildError
 from vllm_vptq.doctor.fact import Report
+from vllm_vptq.specs import VPTQFormatError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,11 +26,6 @@ app = typer.Typer(
     help="Serves VPTQ models (vector post-training quantization, 1.6 to 4 bits a weight) with vLLM.",
 )
 _MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}
-
-
-@app.callback()
-def group() -> None:
-    """Makes ``doctor`` a command of its own even while it is the only one."""
 
 
 @app.command()
@@ -95,11 +92,35 @@ def _with_remedies(text: str, remedies: tuple[str, ...]) -> Text:
     return Text("\n").join([Text(text), *(Text(f"→ {remedy}", "yellow") for remedy in remedies if remedy)])
 
 
+@app.command(name="inspect")
+def inspect_(
+    checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A directory with a VPTQ checkpoint.")],
+    every: Annotated[bool, typer.Option("--all", help="A row for every module, not for every kind.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+) -> None:
+    """Describes a checkpoint: formats, bits a weight, sizes, and the tensor parallel degrees it admits.
+
+    Reads the configuration and the headers of the weight files, so it takes seconds whatever the size. A degree that
+    is not admitted comes with the reason; the same rules refuse it when the model loads. Examples:
+
+        vllm-vptq inspect ./llama-vptq
+
+        vllm-vptq inspect ./llama-vptq --json | jq .effective_bits
+    """
+    from vllm_vptq.inspection import inspect_checkpoint, table
+
+    found = inspect_checkpoint(checkpoint)
+    if as_json:
+        typer.echo(json.dumps(table.as_json(found), indent=2))
+    else:
+        table.show(found, Console(highlight=False), every)
+
+
 def main() -> None:
     """Console script: mistakes the user can mend are one line on stderr and exit code 1."""
     try:
         app()
-    except BuildError as error:
+    except (BuildError, VPTQFormatError) as error:
         Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
 
