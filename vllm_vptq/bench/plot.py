@@ -29,7 +29,8 @@ def draw(results: Results, path: Path) -> None:
     bars = sizes.barh(labels, [row["weight_gib"] for row in results.models])
     for bar, color in zip(bars, (line.get_color() for line in speeds.get_lines()), strict=True):
         bar.set_color(color)
-    sizes.bar_label(bars, fmt="%.2f")
+    sizes.bar_label(bars, fmt="%.2f", padding=3)
+    sizes.margins(x=0.2)
     sizes.invert_yaxis()
     sizes.set(xlabel="GiB a card", title="Weights")
     sizes.tick_params(axis="y", labelleft=False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -30,6 +29,7 @@ def events(model: str, load_format: str, settings: Settings) -> Iterator[Event]:
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     import torch
     import vllm
+    from vllm.platforms import current_platform
 
     begin = time.perf_counter()
     graphs = (
@@ -51,7 +51,8 @@ def events(model: str, load_format: str, settings: Settings) -> Iterator[Event]:
         **graphs,
     )
     start_s = time.perf_counter() - begin
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    engine = llm.llm_engine.vllm_config
+    vocabulary = engine.model_config.get_vocab_size()
     draw = random.Random(0)
 
     def seconds(batch: int, length: int, steps: int) -> float:
@@ -68,8 +69,8 @@ def events(model: str, load_format: str, settings: Settings) -> Iterator[Event]:
         "event": "started",
         "start_s": round(start_s, 2),
         "weight_gib": round(max(llm.collective_rpc(weight_bytes)) / 2**30, 6),
-        "kv_cache_tokens": kv_cache_tokens(llm.llm_engine.vllm_config.cache_config),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "kv_cache_tokens": kv_cache_tokens(engine.cache_config),
+        "device": current_platform.get_device_name(),
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
     }
     yield from measure(settings, seconds)
