@@ -218,7 +218,8 @@ def test_rows_have_what_a_comparison_needs(folders, tmp_path):
     measured(tmp_path / "a" / "out.json", folders)
     answer = json.loads((tmp_path / "a" / "out.json").read_text())
     assert answer["rows"][3] == {
-        "model": "vptq", "format": "v8-k256-0", "kind": "vptq", "layout": "auto", "tp": 1, "batch": 4,
+        "model": "vptq", "shape": "1 layers of 256",
+        "format": "v8-k256-0", "kind": "vptq", "layout": "auto", "tp": 1, "batch": 4,
         "tokens_per_s": 600.0, "ms_per_step": pytest.approx(4e3 / 600), "spread": 0.0, "weight_gib": 1.5,
     }  # fmt: skip
     assert answer["models"][0]["first_token_ms"] == 10 and answer["models"][0]["kv_cache_tokens"] == 1000
@@ -246,6 +247,7 @@ def test_a_file_is_continued(folders, tmp_path):
         (lambda old: old | {"gpu": "NVIDIA H100"}, "was measured with another gpu (NVIDIA H100); choose another --out"),
         (lambda old: old | {"settings": {}}, "was measured with another settings"),
         (lambda old: old | {"versions": {"vllm": "0.2"}}, "was measured with vllm 0.2, not 0.1; choose another --out"),
+        (lambda old: old | {"versions": {"vllm_vptq": "0.0"}}, "was measured with vllm_vptq 0.0, not 0"),
         (lambda old: {"rows": []}, "is no result file of this command"),
     ],
 )
@@ -265,6 +267,14 @@ def test_tables_compare_with_the_dense_model(folders, tmp_path):
     out = console.export_text()
     assert "600 (2.00x)" in out and "1.50 (0.50x)" in out and "20.0 (2.00x)" in out and "(1.00x)" in out
     assert "batch 1 " in out and out.count("dense ") >= 2
+
+
+def test_models_of_another_shape_are_not_compared(folders, tmp_path):
+    results = measured(tmp_path / "out.json", folders)
+    deeper = Contestant.find(synthesize(tmp_path / "deeper", "tiny", "v8-k256-0", layers=2), "vptq")
+    results.add(deeper, 1, STARTED)
+    results.add(deeper, 1, decode(1, 50.0))
+    assert results.dense(results.rows, results.rows[-1]) is None is results.dense(results.models, results.models[-1])
 
 
 def test_picture(folders, tmp_path):

@@ -40,7 +40,7 @@ class Results:
             "date": str(date.today()),
             "gpu": gpus[0][0] if gpus else None,
             "driver": gpus[0][1] if gpus else None,
-            "versions": {"vllm_vptq": metadata.version("vllm-vptq")},
+            "versions": {"vllm_vptq": _own_version()},
             "settings": _shared(settings),
             "method": METHOD,
         }
@@ -55,7 +55,7 @@ class Results:
 
     def add(self, contestant: Contestant, tp: int, event: Mapping[str, Any]) -> None:
         """Takes a worker's event and writes the file."""
-        key = {name: getattr(contestant, name) for name in ("format", "kind", "layout")}
+        key = {name: getattr(contestant, name) for name in ("shape", "format", "kind", "layout")}
         key = {"model": contestant.name, **key, "tp": tp}
         values = {name: value for name, value in event.items() if name not in ("event", "versions", "device")}
         if event["event"] == "started":
@@ -83,9 +83,12 @@ class Results:
         return sorted({row["batch"] for row in self.rows})
 
     def dense(self, rows: list[Row], row: Row) -> Row | None:
-        """The one of ``rows`` (or ``models``) that a row is to be compared with: dense, as many cards, same batch."""
-        wanted = (row["tp"], row.get("batch"))
-        return next((r for r in rows if r["kind"] == "dense" and (r["tp"], r.get("batch")) == wanted), None)
+        """The one of ``rows`` (or ``models``) to compare a row with: dense, of its shape, cards and batch."""
+
+        def comparable(other: Row) -> bool:
+            return all(other.get(name) == row.get(name) for name in ("shape", "tp", "batch"))
+
+        return next((other for other in rows if other["kind"] == "dense" and comparable(other)), None)
 
     def _continue(self) -> None:
         try:
@@ -96,7 +99,8 @@ class Results:
                         f"{self.path} was measured with another {name} ({before[name]}); choose another --out"
                     )
             self.models, self.rows = before["models"], before["rows"]
-            self.head["versions"] |= before["versions"]
+            own, self.head["versions"] = self.head["versions"], before["versions"]
+            self._check_versions(own)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BenchError(f"{self.path} is no result file of this command; choose another --out") from error
 
@@ -117,6 +121,13 @@ class Results:
         partial = self.path.with_suffix(".part")
         partial.write_text(head + ",\n" + ",\n".join(parts) + "\n}\n")
         partial.replace(self.path)
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("vllm-vptq")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _shared(settings: Settings) -> Row:

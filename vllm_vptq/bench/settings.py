@@ -58,12 +58,14 @@ class Settings:
 class Contestant:
     """A model to measure. ``kind`` is ``vptq``, or ``dense`` or ``w4a16``, which are loaded with random weights.
 
-    ``layout`` is the one asked for by ``VLLM_VPTQ_LAYOUT``, None for rivals.
+    ``shape`` tells which models are the same but for their format. ``layout`` is the one asked for by
+    ``VLLM_VPTQ_LAYOUT``, None for rivals.
     """
 
     folder: Path
     kind: str
     format: str
+    shape: str
     layout: str | None = None
 
     @property
@@ -84,18 +86,24 @@ class Contestant:
     def find(cls, folder: Path, kind: str) -> Contestant:
         """Reads from ``config.json`` what the model is; VPTQFormatError or BenchError if it is not of its ``kind``."""
         config = read_config(folder)
-        section = config.get("quantization_config")
+        section, shape = config.get("quantization_config"), _shape(config)
         if kind == "vptq":
             specs = read_layer_specs(config)
             formats = Counter(spec.format_name for spec in (*specs.layers.values(), *specs.shared.values()))
             most = formats.most_common(1)[0][0]
             name = most if len(formats) == 1 else f"{most} and {len(formats) - 1} more"
-            return cls(folder, kind, name, os.environ.get("VLLM_VPTQ_LAYOUT", "auto"))
+            return cls(folder, kind, name, shape, os.environ.get("VLLM_VPTQ_LAYOUT", "auto"))
         if kind == "dense":
             if section:
                 raise BenchError(f"{folder}: has a quantization_config; --dense takes a model without one")
-            return cls(folder, kind, str(config.get("dtype") or config.get("torch_dtype") or "dense"))
-        return cls(folder, kind, _integer_format(folder, section))
+            return cls(folder, kind, str(config.get("dtype") or config.get("torch_dtype") or "dense"), shape)
+        return cls(folder, kind, _integer_format(folder, section), shape)
+
+
+def _shape(config: dict[str, Any]) -> str:
+    """``32 layers of 4096``."""
+    inner = config.get("text_config") or config
+    return f"{inner.get('num_hidden_layers')} layers of {inner.get('hidden_size')}"
 
 
 def _integer_format(folder: Path, section: Any) -> str:

@@ -93,7 +93,7 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
 def _sort(tensors: Mapping[str, Tensor], specs: LayerSpecs) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
     """The tensors of each quantized module by their names below it, and the bytes of all others by kind."""
     own: dict[str, dict[str, Tensor]] = {}
-    dense: dict[str, int] = {}
+    dense = {"embeddings": 0, "head": 0, "other": 0}
     for name, tensor in tensors.items():
         parts = name.split(".")
         modules = ((".".join(parts[:cut]), ".".join(parts[cut:])) for cut in (-1, -2))
@@ -101,8 +101,7 @@ def _sort(tensors: Mapping[str, Tensor], specs: LayerSpecs) -> tuple[dict[str, d
         if module and key != "bias":
             own.setdefault(module, {})[key] = tensor
         else:
-            kind = _kind(name)
-            dense[kind] = dense.get(kind, 0) + tensor.nbytes
+            dense[_kind(name)] += tensor.nbytes
     return own, dense
 
 
