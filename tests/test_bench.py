@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ STARTED = {
 
 def decode(batch: int, speed: float) -> dict[str, Any]:
     return {"event": "decode", "batch": batch, "tokens_per_s": speed, "ms_per_step": batch * 1e3 / speed, "spread": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def logs_in_the_tests_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of failed workers: they stay for the user to read."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 @pytest.fixture
@@ -150,7 +158,7 @@ def test_a_worker_that_fails_is_one_line(fake_worker, folders, script, words):
     (contestant,) = contestants([folders["vptq"]], None, None)
     with pytest.raises(BenchError, match=rf"\Avptq: {words}; its log is \S+\.log\Z") as error:
         list(process.run(contestant, SMALL))
-    Path(str(error.value).rpartition(" ")[2]).unlink()
+    assert Path(str(error.value).rpartition(" ")[2]).exists()
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
