@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels import parse_format
+from vllm_vptq.format import parse_format
 from vllm_vptq.layouts import choice, stationary
 
 LAUNCH_TOKENS = {"stationary": 16, "compact": 8}

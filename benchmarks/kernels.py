@@ -15,7 +15,6 @@ import argparse
 import datetime
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from vllm_vptq import reference
 from vllm_vptq.build import cuda_extension
+from vllm_vptq.format import VPTQFormatError, parse_format
 from vllm_vptq.layouts import choice, compact
 from vllm_vptq.parameters import ModuleShard, Segment
 
@@ -139,14 +139,6 @@ def _in_float64(shard: ModuleShard) -> ModuleShard:
     return replace(shard, segments=tuple(wide(segment) for segment in shard.segments))
 
 
-def parse_format(name: str) -> tuple[int, int, int]:
-    """``v8-k65536-256`` -> (8, 65536, 256)."""
-    match = re.fullmatch(r"v(\d+)-k(\d+)(?:-(\d+))?", name)
-    if match is None:
-        raise SystemExit(f"format {name}: expected for example v8-k65536-256")
-    return int(match[1]), int(match[2]), int(match[3] or 0)
-
-
 def parse_shape(name: str) -> tuple[list[int], int]:
     """``8B qkv`` or ``8192x4096`` (out x in) -> outputs of the modules, inputs."""
     if name in SHAPES:
@@ -227,7 +219,10 @@ def main() -> None:
         if arguments.out:
             arguments.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
-    summarize(measure(arguments, save))
+    try:
+        summarize(measure(arguments, save))
+    except VPTQFormatError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

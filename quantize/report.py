@@ -47,7 +47,7 @@ class Report:
 
     def plan(self, model: str, specs: Mapping[str, LayerSpec], weights: int, bits: float) -> None:
         """Says what is going to be done."""
-        kinds = sorted({_kind(spec) for spec in specs.values()})
+        kinds = sorted({spec.format_name for spec in specs.values()})
         self.console.print(
             f"{model}: {len(specs)} linear layers, {weights / 1e6:.1f}M weights as {', '.join(kinds)}, "
             f"{bits:.2f} effective bits a weight ({weights * bits / 8 / 2**20:.1f} MiB)",
@@ -58,12 +58,8 @@ class Report:
     def layer(self, name: str, spec: LayerSpec, error: float, done: int, total: int) -> None:
         """A layer is coded, with this error relative to the weight, in the norm that its inputs give."""
         self.progress(done, total)
-        self.console.print(f"  {name:<44} {_kind(spec):<14} error {error:.2e}", style="dim", markup=False)
+        self.console.print(f"  {name:<44} {spec.format_name:<14} error {error:.2e}", style="dim", markup=False)
 
     def block(self, name: str, seconds: float) -> None:
         """A block is written."""
         self.console.print(f"{name} in {seconds:.1f} s", markup=False)
-
-
-def _kind(spec: LayerSpec) -> str:
-    return f"v{spec.vector_len}-k{spec.num_centroids}-{spec.num_res_centroids}"

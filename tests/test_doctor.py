@@ -43,7 +43,7 @@ def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VLLM_VPTQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.delenv("VLLM_VPTQ_ALLOW_REFERENCE", raising=False)
-    monkeypatch.setattr(machine_probes, "_nvidia_smi", list)
+    monkeypatch.setattr(machine_probes, "nvidia_smi", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     install(monkeypatch, "0.32.0+cpu")
 
@@ -122,7 +122,7 @@ def test_gpu_too_old(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_probes, "_nvidia_smi", lambda: [("NVIDIA H100", "535.1")])
+    monkeypatch.setattr(machine_probes, "nvidia_smi", lambda: [("NVIDIA H100", "535.1")])
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     _, named, _ = facts()
     assert named["GPU"]["fine"] is False and "the driver that CUDA 13.0 needs" in named["GPU"]["remedy"]

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm_vptq.compat import is_routed_experts
 from vllm_vptq.format import LayerSpec, LayerSpecs, VPTQFormatError, is_vptq_section, read_layer_specs
 from vllm_vptq.layouts import choice
+from vllm_vptq.limits import QUANTIZED_EXPERTS, QUANTIZED_HEAD
 from vllm_vptq.linear import VPTQDequantizedLinearMethod, VPTQLinearMethod
 
 
@@ -88,9 +89,9 @@ class VPTQConfig(QuantizationConfig):
                 return VPTQDequantizedLinearMethod(prefix, modules, self._resident)
             return VPTQLinearMethod(prefix, modules, self._resident)
         if isinstance(layer, ParallelLMHead) and prefix in self.specs:
-            raise VPTQFormatError(prefix, "a quantized lm_head is not supported; list it in modules_to_not_convert")
+            raise VPTQFormatError(prefix, QUANTIZED_HEAD)
         if is_routed_experts(layer) and self._has_experts(prefix):
-            raise VPTQFormatError(prefix, "quantized routed experts are not supported yet")
+            raise VPTQFormatError(prefix, QUANTIZED_EXPERTS)
         return None
 
     def _has_experts(self, prefix: str) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vllm_vptq.packing import pack_indices, unpack_indices
-from vllm_vptq.specs import LayerSpec, LayerSpecs, VPTQFormatError, is_vptq_section, read_layer_specs
+from vllm_vptq.specs import LayerSpec, LayerSpecs, VPTQFormatError, is_vptq_section, parse_format, read_layer_specs
 
 __all__ = [
     "LayerSpec",
@@ -31,10 +31,12 @@ __all__ = [
     "effective_bits",
     "is_vptq_section",
     "pack_indices",
+    "parse_format",
     "read_layer_specs",
     "tensor_shapes",
     "unpack_indices",
     "validate",
+    "validate_shapes",
 ]
 
 Tensors = Mapping[str, Tensor]
@@ -92,25 +94,12 @@ def as_index(tensor: Tensor) -> Tensor:
 def validate(name: str, tensors: Tensors, spec: LayerSpec) -> None:
     """Checks one module's tensors against its spec, so that nothing behind this can read outside a book.
 
-    Raises VPTQFormatError naming ``name``, the tensor, what was found and what was expected: missing or unknown
-    tensors, shapes, dtypes, non-finite books or norms, indices beyond their book, a permutation that is none.
+    Raises VPTQFormatError naming ``name``, the tensor, what was found and what was expected: what
+    :func:`validate_shapes` raises, non-finite books or norms, indices beyond their book, a permutation that is none.
     """
-    shapes = tensor_shapes(spec)
-    for missing in sorted(shapes.keys() - tensors.keys()):
-        raise VPTQFormatError(name, f"tensor {missing} is missing, expected shape {list(shapes[missing])}")
-    for extra in sorted(tensors.keys() - shapes.keys() - {"bias"}):
-        raise VPTQFormatError(name, f"unknown tensor {extra}; its configuration expects {', '.join(sorted(shapes))}")
-    for key, shape in shapes.items():
-        tensor = tensors[key]
-        if tuple(tensor.shape) != shape:
-            raise VPTQFormatError(name, f"tensor {key} has shape {list(tensor.shape)}, expected {list(shape)}")
-        allowed = _allowed_dtypes(key, spec)
-        if tensor.dtype not in allowed:
-            wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-            raise VPTQFormatError(
-                name, f"tensor {key} is {str(tensor.dtype).removeprefix('torch.')}, expected {wanted}"
-            )
-        if allowed is _BOOK_DTYPES and not bool(torch.isfinite(tensor).all()):
+    validate_shapes(name, tensors, spec)
+    for key in tensor_shapes(spec):
+        if _allowed_dtypes(key, spec) is _BOOK_DTYPES and not bool(torch.isfinite(tensors[key]).all()):
             raise VPTQFormatError(name, f"tensor {key} holds NaN or infinite values, expected finite ones")
 
     def in_book(key: str, size: int) -> None:
@@ -134,6 +123,28 @@ def validate(name: str, tensors: Tensors, spec: LayerSpec) -> None:
         if outside.numel() or twice.numel():
             found = f"column {int(outside[0])}" if outside.numel() else f"column {int(twice[0])} twice"
             raise VPTQFormatError(name, f"tensor perm holds {found}, expected a permutation of 0 to {perm.numel() - 1}")
+
+
+def validate_shapes(name: str, tensors: Tensors, spec: LayerSpec) -> None:
+    """The part of :func:`validate` that reads no values, so that the tensors may be meta tensors.
+
+    Raises VPTQFormatError for missing or unknown tensors, shapes and dtypes.
+    """
+    shapes = tensor_shapes(spec)
+    for missing in sorted(shapes.keys() - tensors.keys()):
+        raise VPTQFormatError(name, f"tensor {missing} is missing, expected shape {list(shapes[missing])}")
+    for extra in sorted(tensors.keys() - shapes.keys() - {"bias"}):
+        raise VPTQFormatError(name, f"unknown tensor {extra}; its configuration expects {', '.join(sorted(shapes))}")
+    for key, shape in shapes.items():
+        tensor = tensors[key]
+        if tuple(tensor.shape) != shape:
+            raise VPTQFormatError(name, f"tensor {key} has shape {list(tensor.shape)}, expected {list(shape)}")
+        allowed = _allowed_dtypes(key, spec)
+        if tensor.dtype not in allowed:
+            wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+            raise VPTQFormatError(
+                name, f"tensor {key} is {str(tensor.dtype).removeprefix('torch.')}, expected {wanted}"
+            )
 
 
 def _allowed_dtypes(key: str, spec: LayerSpec) -> tuple[torch.dtype, ...]:

@@ -23,7 +23,8 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_vptq.format import LayerSpec, VPTQFormatError
 from vllm_vptq.layouts import choice
-from vllm_vptq.parameters import Intake, Range, Source
+from vllm_vptq.parameters import Intake, Source
+from vllm_vptq.sharding import IndivisibleError, Range, qkv_shares, share
 
 Modules = list[tuple[str, LayerSpec | None]]
 
@@ -135,35 +136,39 @@ class VPTQDequantizedLinearMethod(VPTQLinearMethod):
 
 
 def output_partitions(layer: torch.nn.Module) -> list[tuple[int, Range]]:
-    """For each logical output of a layer: its size in the checkpoint, and the rows of it that this rank computes."""
+    """For each logical output of a layer: its size in the checkpoint, and the rows of it that this rank computes.
+
+    IndivisibleError where the layer's tensor parallel degree does not divide them.
+    """
     if isinstance(layer, (RowParallelLinear, ReplicatedLinear)):
         return [(size, (0, size)) for size in layer.output_partition_sizes]
-    rank = layer.tp_rank
+    tp, rank = layer.tp_size, layer.tp_rank
     if isinstance(layer, QKVParallelLinear):
-        kv_rank = rank // layer.num_kv_head_replicas
         v_head_size = getattr(layer, "v_head_size", layer.head_size)
-        parts = [
-            (layer.total_num_heads * layer.head_size, layer.num_heads * layer.head_size, rank),
-            (layer.total_num_kv_heads * layer.head_size, layer.num_kv_heads * layer.head_size, kv_rank),
-            (layer.total_num_kv_heads * v_head_size, layer.num_kv_heads * v_head_size, kv_rank),
-        ]
-        return [(size, (r * width, (r + 1) * width)) for size, width, r in parts]
+        return qkv_shares(layer.total_num_heads, layer.total_num_kv_heads, layer.head_size, v_head_size, tp, rank)
     sizes = getattr(layer, "output_sizes", None) or [layer.output_size]
-    widths = [size // layer.tp_size for size in sizes]
-    return [(size, (rank * width, (rank + 1) * width)) for size, width in zip(sizes, widths, strict=True)]
+    return [(size, share(size, tp, rank, "output rows")) for size in sizes]
+
+
+def input_columns(layer: torch.nn.Module) -> Range:
+    """The input columns that this rank holds; IndivisibleError where the layer's degree does not divide them."""
+    if isinstance(layer, RowParallelLinear):
+        return share(layer.input_size, layer.tp_size, layer.tp_rank, "input columns")
+    return 0, layer.input_size
 
 
 def find_sources(
     layer: torch.nn.Module, prefix: str, modules: Modules, input_size: int, output_partition_sizes: list[int]
 ) -> list[Source]:
     """Matches checkpoint modules to a layer's outputs: one each, or one module that covers several (fused on disk)."""
-    partitions = output_partitions(layer)
-    if [hi - lo for _, (lo, hi) in partitions] != list(output_partition_sizes):
+    try:
+        partitions, columns = output_partitions(layer), input_columns(layer)
+    except IndivisibleError as error:
+        raise VPTQFormatError(prefix, f"{error}; choose another --tensor-parallel-size") from error
+    if [hi - lo for _, (lo, hi) in partitions] != list(output_partition_sizes) or columns[1] - columns[0] != input_size:
         raise VPTQFormatError(
             prefix, f"{type(layer).__name__} shards its weights in its own way; list it in modules_to_not_convert"
         )
-    rank = layer.tp_rank if isinstance(layer, RowParallelLinear) else 0
-    columns = (rank * input_size, (rank + 1) * input_size)
     ids: list[Any] = ["q", "k", "v"] if isinstance(layer, QKVParallelLinear) else list(range(len(partitions)))
     sources, first = [], 0
     for i, (name, spec) in enumerate(modules):

@@ -30,13 +30,12 @@ from vllm_vptq.format import (
     tensor_shapes,
     validate,
 )
+from vllm_vptq.sharding import Range
 
 __all__ = ["Intake", "ModuleShard", "Segment", "Source", "cut_module"]
 
 _REPACK_INDICES = 1 << 22
 """Indices unpacked at a time while repacking: bounds the extra memory of loading to about 200 MB."""
-
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +59,11 @@ class LayerSpec:
     def total_bits(self) -> int:
         """Bits of a merged index in the packed stream, at most 32."""
         return self.index_bits + self.res_bits
+
+    @property
+    def format_name(self) -> str:
+        """``v8-k65536-256``: vector length, centroids, residual centroids (0 for none)."""
+        return f"v{self.vector_len}-k{self.num_centroids}-{self.num_res_centroids}"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,6 +125,16 @@ class LayerSpec:
                 "group_size": self.group_size,
             }
         return config
+
+
+def parse_format(name: str) -> tuple[int, int, int]:
+    """``v8-k65536-256`` -> (8, 65536, 256); ``v8-k65536`` is ``v8-k65536-0``. VPTQFormatError for anything else."""
+    match = re.fullmatch(r"v(\d+)-k(\d+)(?:-(\d+))?", name)
+    if match is None:
+        raise VPTQFormatError(f"format {name}", "expected for example v8-k65536-0 or v8-k65536-256")
+    spec = LayerSpec(None, None, int(match[1]), int(match[2]), int(match[3] or 0))
+    _check_spec(spec, f"format {name}")
+    return spec.vector_len, spec.num_centroids, spec.num_res_centroids
 
 
 _SIZE_KEYS = {"in_features", "out_features", "vector_lens", "num_centroids", "num_res_centroids"}

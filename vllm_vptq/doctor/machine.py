@@ -70,7 +70,7 @@ def gpu_facts(seen: tuple[Gpu, ...]) -> list[Fact]:
     """The GPUs and their driver; a GPU that the driver knows and torch does not is a fault worth a line."""
     import torch
 
-    smi = _nvidia_smi()
+    smi = nvidia_smi()
     facts = [Fact("GPU", str(gpu), True) for gpu in seen]
     if not seen and not smi:
         facts.append(Fact("GPU", "none"))
@@ -112,7 +112,7 @@ def ninja_fact() -> Fact:
         return Fact("ninja", str(error), False)
 
 
-def _nvidia_smi() -> list[tuple[str, str]]:
+def nvidia_smi() -> list[tuple[str, str]]:
     """Name and driver version of every GPU; nothing where there is no driver."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:

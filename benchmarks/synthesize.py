@@ -1,0 +1,287 @@
+"""Writes VPTQ checkpoints for the shapes of known models, with random weights and nothing to download.
+
+What they are good for is speed and memory: sizes, books and indices are those of a real checkpoint, the text is noise.
+The rivals of a comparison are written too, as configurations for vLLM's ``load_format="dummy"``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+
+from benchmarks.shapes import SHAPES, Shape
+from vllm_vptq.format import LayerSpec, VPTQFormatError, parse_format, tensor_shapes
+
+DENSE, W4A16 = "dense", "w4a16"
+SHARD_BYTES = 2 << 30
+"""Tensors collected before a file is written: bounds memory to about twice this."""
+DENSE_STD = 0.02
+"""Of embeddings, head and biases."""
+NORM_DEVIATIONS = 4.0
+"""A norm maps a weight column from this many standard deviations either side of zero to [0, 1]."""
+
+
+def synthesize(
+    out: Path,
+    model: str,
+    format_name: str,
+    *,
+    perm: bool = False,
+    norm: bool = True,
+    layers: int | None = None,
+    dtype: str = "float16",
+    seed: int = 0,
+    console: Console | None = None,
+) -> Path:
+    """Writes the checkpoint of ``model`` (a key of SHAPES) in ``format_name`` to ``out``, which must be new or empty.
+
+    ``format_name`` is ``vV-kK-R``, or ``dense`` or ``w4a16`` for a configuration without weights. ``perm`` and ``norm``
+    store columns permuted and scaled. ``layers`` cuts the depth. ``dtype``, of books and dense tensors, is ``float16``
+    or ``bfloat16``. Equal arguments give equal files. Returns ``out``; VPTQFormatError for an argument it cannot use.
+    """
+    if model not in SHAPES:
+        raise VPTQFormatError(f"model {model}", f"expected one of {', '.join(SHAPES)}")
+    if dtype not in ("float16", "bfloat16"):
+        raise VPTQFormatError(f"dtype {dtype}", "expected float16 or bfloat16")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise VPTQFormatError(str(out), "exists and is not empty; choose another directory or remove it")
+    shape = SHAPES[model].cut(layers)
+    config = shape.config(dtype)
+    specs: dict[str, LayerSpec] = {}
+    if format_name == W4A16:
+        config["quantization_config"] = _w4a16_section()
+    elif format_name != DENSE:
+        specs = _specs(shape, format_name, perm, norm)
+        # Generation F1 of the configuration, the one of the public Llama-3.1 checkpoints.
+        section = {name: spec.to_config() for name, spec in specs.items()}
+        config["quantization_config"] = {"quant_method": "vptq", "config_for_layers": section}
+    out.mkdir(parents=True, exist_ok=True)
+    if specs:
+        _write_weights(out, shape, specs, getattr(torch, dtype), seed, console or Console(stderr=True))
+    write_tokenizer(out, shape.vocabulary)
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return out
+
+
+def _specs(shape: Shape, format_name: str, perm: bool, norm: bool) -> dict[str, LayerSpec]:
+    v, k, r = parse_format(format_name)
+    return {
+        f"model.layers.{layer}.{name}": LayerSpec(inputs, outputs, v, k, r, enable_perm=perm, enable_norm=norm)
+        for layer in range(shape.layers)
+        for name, (outputs, inputs) in shape.linears().items()
+    }
+
+
+def _w4a16_section() -> dict[str, Any]:
+    """Four-bit integers in groups of 128, as llm-compressor writes them."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    """Each tensor's own, so that it does not depend on which others are written."""
+    return np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+
+
+def _normal(shape: tuple[int, ...], std: float, dtype: torch.dtype, gen: np.random.Generator) -> Tensor:
+    values = torch.empty(shape, dtype=dtype)
+    for part in values.flatten().split(1 << 24):  # float32 for a part at a time
+        part.copy_(torch.from_numpy(gen.standard_normal(part.numel(), dtype=np.float32)).mul_(std))
+    return values
+
+
+def module_tensors(spec: LayerSpec, dtype: torch.dtype, gen: np.random.Generator) -> dict[str, Tensor]:
+    """One module's tensors, as if k-means had coded a Gaussian weight of standard deviation ``1 / sqrt(in_features)``.
+
+    A book of k vectors of length v leaves a share ``k ** (-2 / v)`` of the variance (the bound of rate-distortion
+    theory), which the residual book has. All indices are equally likely; those of a trained book are nearly so.
+    """
+    _, inputs = spec.shape
+    std = inputs**-0.5
+    shapes = tensor_shapes(spec)
+    left = spec.num_centroids ** (-2 / spec.vector_len) if spec.num_res_centroids else 0.0
+    # With a norm the books stand for values in [0, 1], which the norm stretches over the weights.
+    unit = 1 / (2 * NORM_DEVIATIONS) if spec.enable_norm else std
+    centroids = _normal(shapes["centroids.weight"], unit * (1 - left) ** 0.5, dtype, gen)
+    tensors = {"centroids.weight": centroids.add_(0.5) if spec.enable_norm else centroids}
+    if spec.num_res_centroids:
+        tensors["res_centroids.weight"] = _normal(shapes["res_centroids.weight"], unit * left**0.5, dtype, gen)
+    tensors["indices"] = _random_stream(shapes["indices"], spec.group_size * spec.total_bits, gen)
+    if spec.enable_norm:
+        reach = torch.from_numpy(gen.uniform(0.8, 1.2, inputs)) * std * NORM_DEVIATIONS
+        tensors |= {"weight_scale": (2 * reach).to(dtype), "weight_bias": (-reach).to(dtype)}
+    if spec.enable_perm:
+        tensors["perm"] = torch.from_numpy(gen.permutation(inputs).astype(np.uint16).view(np.int16))
+    return tensors
+
+
+def _random_stream(shape: tuple[int, ...], bits: int, gen: np.random.Generator) -> Tensor:
+    """Rows of ``bits`` random bits each. Raw words: every sequence of bits is one of indices below a power of two."""
+    count = int(np.prod(shape))
+    raw = gen.bit_generator.random_raw((count + 1) // 2)
+    words = raw.view(np.uint32)[:count].reshape(shape)
+    if bits % 32:
+        words[..., -1] &= np.uint32((1 << bits % 32) - 1)
+    return torch.from_numpy(words.view(np.int32))
+
+
+def _tensors(
+    shape: Shape, specs: dict[str, LayerSpec], dtype: torch.dtype, seed: int
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """All tensors of a checkpoint, a part of the model at a time, with the name of the part."""
+
+    def dense(name: str, *sizes: int) -> dict[str, Tensor]:
+        return {name: _normal(sizes, DENSE_STD, dtype, _generator(seed, name))}
+
+    ones = torch.ones(shape.hidden, dtype=dtype)
+    yield "embedding", dense("model.embed_tokens.weight", shape.vocabulary, shape.hidden)
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}."
+        tensors = {f"{prefix}{name}.weight": ones.clone() for name in ("input_layernorm", "post_attention_layernorm")}
+        for name, (outputs, _) in shape.linears().items():
+            module = prefix + name
+            made = module_tensors(specs[module], dtype, _generator(seed, module))
+            tensors |= {f"{module}.{key}": tensor for key, tensor in made.items()}
+            if shape.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj")):
+                tensors |= dense(f"{module}.bias", outputs)
+        yield f"layer {layer + 1} of {shape.layers}", tensors
+    yield "head", {"model.norm.weight": ones} | dense("lm_head.weight", shape.vocabulary, shape.hidden)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _write_weights(
+    out: Path, shape: Shape, specs: dict[str, LayerSpec], dtype: torch.dtype, seed: int, console: Console
+) -> None:
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(pending, out / f"part-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    columns += (TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=_total_bytes(shape, specs, dtype))
+        for part, tensors in _tensors(shape, specs, dtype, seed):
+            pending |= tensors
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            total += size
+            if sum(tensor.nbytes for tensor in pending.values()) >= SHARD_BYTES:
+                flush()
+            progress.update(task, description=part, advance=size)
+        if pending:
+            flush()
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"part-{i}").rename(out / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _total_bytes(shape: Shape, specs: dict[str, LayerSpec], dtype: torch.dtype) -> int:
+    """Nearly: norms and biases of the dense parts are left out."""
+    widths = {"indices": 4, "perm": 2}
+    coded = sum(
+        int(np.prod(sizes)) * widths.get(key, dtype.itemsize)
+        for spec in specs.values()
+        for key, sizes in tensor_shapes(spec).items()
+    )
+    return coded + 2 * shape.vocabulary * shape.hidden * dtype.itemsize
+
+
+def write_tokenizer(out: Path, size: int) -> None:
+    """A tokenizer of ``size`` words ``w3``, ``w4``, ...: any token ids decode to text that encodes to the same ids.
+
+    vLLM's server and benchmarks need one. Words it does not know are ``<unk>``, so it accepts any text.
+    """
+    specials = ["<unk>", "<s>", "</s>"]
+    words = specials + [f"w{i}" for i in range(len(specials), size)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.save(str(out / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": "{% for message in messages %}{{ message['content'] }} {% endfor %}",
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Argument(help=f"Whose shapes: {', '.join(SHAPES)}.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
+    format_name: Annotated[
+        str, typer.Option("--format", metavar="vV-kK-R|dense|w4a16", help="Vector length, centroids, residual ones.")
+    ] = "v8-k65536-0",
+    perm: Annotated[bool, typer.Option("--perm", help="Store columns permuted, as older public files do.")] = False,
+    norm: Annotated[bool, typer.Option(help="Scale and shift every input column, as public files do.")] = True,
+    layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to this many layers.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
+) -> None:
+    """Writes a VPTQ checkpoint with random weights for the shapes of a known model, and a tokenizer to go with it.
+
+    Formats dense and w4a16 (4 bits, groups of 128) write only a configuration, which vLLM fills with random weights:
+    vllm serve OUT --load-format dummy. Examples:
+
+        python -m benchmarks.synthesize Llama-3.1-8B llama-v8 --format v8-k65536-0
+
+        python -m benchmarks.synthesize Qwen2.5-72B qwen-perm --format v16-k65536-65536 --perm --dtype bfloat16
+
+        python -m benchmarks.synthesize Llama-3.1-8B llama-dense --format dense
+    """
+    try:
+        synthesize(out, model, format_name, perm=perm, norm=norm, layers=layers, dtype=dtype, seed=seed)
+    except (VPTQFormatError, OSError) as error:
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    typer.echo(f"{out}: {size / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    app()
