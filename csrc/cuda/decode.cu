@@ -192,9 +192,14 @@ cudaError_t decode(Type type, const Layer& layer, const Job& job, const Job& res
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
+  // Two books of thousands of entries fill the L1 cache: fewer blocks leave more of the memory they share with it.
+  const bool crowded = Kind(job.kind) == Kind::kShorts && Kind(residual.kind) == Kind::kShorts;
   auto go = [&](auto kernel, auto number, int books) {
     const int warps = decode_warps(books), grid = (blocks * (last - first) + warps - 1) / warps;
-    return launch(kernel, dim3(std::min(grid, processors * decode_blocks(books))), warps * 32, 0, stream, false, layer, job, residual,
+    const int at_once = crowded ? 3 : decode_blocks(books);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, at_once * 33 * 100 / 228);
+    if (error != cudaSuccess) return error;
+    return launch(kernel, dim3(std::min(grid, processors * at_once)), warps * 32, 0, stream, false, layer, job, residual,
                   module, part, static_cast<decltype(number)*>(weight), stride, window, first, last - first, blocks);
   };
   const bool two = residual.kind >= 0 || Kind(job.kind) == Kind::kBytePairs;
