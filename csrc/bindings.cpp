@@ -143,20 +143,22 @@ struct Call {
     }
   }
 
+  // One product for all modules, if their weights are not too many; those of dense modules are left out, and their
+  // outputs, which mean nothing, computed again.
   void many(Tensor& y) const {
-    for (size_t m = 0; m < plan.modules().size(); m++) {
-      const Module& module = plan.modules()[m];
-      if (module.dense) continue;
-      const int outputs = module.out_end - module.out_begin;
-      int step = static_cast<int>(std::max<int64_t>(kDecodedBytes / 2 / plan.in_features / 128 * 128, 128));
-      step = std::min(step, outputs);
-      Tensor weight = at::empty({step, plan.in_features}, x.options());
-      for (int begin = 0; begin < outputs; begin += step) {
-        const Window window{begin, std::min(begin + step, outputs)};
-        decode_window(m, weight, window);
-        const int count = window.end - window.begin;
-        product(y, module.out_begin + begin, count, weight.narrow(0, 0, count).t());
+    const int64_t step = std::min(
+        std::max<int64_t>(kDecodedBytes / 2 / plan.in_features / 128 * 128, 128), plan.out_features);
+    Tensor weight = at::empty({step, plan.in_features}, x.options());
+    for (int64_t begin = 0; begin < plan.out_features; begin += step) {
+      const int64_t end = std::min(begin + step, plan.out_features);
+      for (size_t m = 0; m < plan.modules().size(); m++) {
+        const Module& module = plan.modules()[m];
+        const int64_t from = std::max<int64_t>(begin, module.out_begin), to = std::min<int64_t>(end, module.out_end);
+        if (module.dense || from >= to) continue;
+        Tensor rows = weight.narrow(0, from - begin, to - from);
+        decode_window(m, rows, {static_cast<int>(from - module.out_begin), static_cast<int>(to - module.out_begin)});
       }
+      product(y, begin, end - begin, weight.narrow(0, 0, end - begin).t());
     }
   }
 

@@ -116,13 +116,13 @@ def few_tokens(segments: Sequence[Packed], gpu: Gpu) -> int:
     """The most tokens of a call that csrc/cuda/multiply.cu serves better than wide.cuh, as measured on an H200.
 
     Lists beat gathering from memory, where a book is too large, until their activations, looked up as well, cost more;
-    and sooner where a weight takes several look-ups of lists but fewer gathered ones.
+    and sooner where what takes several look-ups of lists takes fewer gathered ones.
     """
     if not gpu.tensor_groups or not segments:
         return 16
     if all(pass_.kind != Kind.SLICED for packed in segments for pass_ in packed.few):
         return 0
-    return 16 if all(len(packed.few) == 1 for packed in segments) else 8
+    return 16 if all(len(packed.few) == len(packed.wide) for packed in segments) else 8
 
 
 def crossover_class(shards: Sequence[ModuleShard]) -> str:
