@@ -19,9 +19,15 @@ from vllm_vptq.layouts import work
 from vllm_vptq.layouts.work import ABSENT, Kind
 
 WARPS, WARP_COLUMNS, SHARED_BYTES = 16, 256, 227 * 1024
+OWN_SHARED_BYTES = 1024
+"""At most, of what a block has, for the job, barriers and alignment."""
 SLICE_BITS, SLICE_ROWS = 13, 8192
 TILE_COLUMNS, TILE_ROWS, SPAN_TILES = 2048, 2056, 2
-STEPS = {Kind.BYTES: 16, Kind.BYTE_PAIRS: 8, Kind.SHORTS: 8, Kind.FAR: 8}
+STEPS = {Kind.BYTES: 16, Kind.BYTE_PAIRS: 8, Kind.SHORTS: 8, Kind.FAR: 8, Kind.FAR_BYTES: 8}
+"""Of 16 columns, whose codes for 16 outputs a warp loads at once: 16 bytes a lane."""
+GRANULE, WIDE_TILES, TILE_OUTPUTS = 256, 12, 16
+RING_BYTES, GATHERED_BYTES = 32 * 1024, 8 * 1024
+"""Of activations in wide.cuh; of vectors that a warp gathers for a granule."""
 LANES = np.arange(32)
 LANE_OF_ROW = LANES & ~24 | (LANES & 8) << 1 | (LANES & 16) >> 1
 HIGH, LOW = 0xFFF80000, 0x7FFFF
@@ -115,6 +121,14 @@ def image_row(row: np.ndarray, image: int, rows: int) -> np.ndarray:
     return image * round8(rows) + ((row & ~7) | ((row ^ swap) & 7))
 
 
+def entry_of_image_row(at: np.ndarray, rows: int) -> np.ndarray:
+    """The inverse, for any image."""
+    image, row = np.divmod(at, round8(rows))
+    entry = row & ~7 | (row ^ np.where(image, row >> 3 * image, 0)) & 7
+    assert entry.size == 0 or entry.max() < rows
+    return entry
+
+
 def round8(n: int) -> int:
     return -(-n // 8) * 8
 
@@ -154,43 +168,96 @@ class Plan:
             return [kind(*words[i : i + size]) for i in range(at, at + count * size, size)]
 
         head = take("stationary", "out_features", "in_features", "shared_bytes", "direct_tokens")
-        assert head.stationary == 1
+        self.stationary, self.direct_tokens = bool(head.stationary), head.direct_tokens
         self.out_features, self.in_features, self.shared_bytes = head.out_features, head.in_features, head.shared_bytes
-        sizes = take("variants", "modules", "parts")
+        sizes = take("variants", "modules")
         self.variants = []
         for _ in range(sizes.variants):
-            v = take("max_tokens", "stride", "jobs_at", "starts_at", "thread_blocks", "modules_at", "parts_at")
-            v.modules, v.parts = here(work.Module, sizes.modules), here(work.Part, sizes.parts)
+            v = take("max_tokens", "wide", "stride", "jobs_at", "starts_at", "thread_blocks", "modules_at", "parts_at")
+            parts = next(rest)
+            v.modules, v.parts = here(work.Module, sizes.modules), here(work.Part, parts)
             # On the device too, for layers of many modules.
             assert v.modules == stored(work.Module, v.modules_at, sizes.modules)
-            assert v.parts == stored(work.Part, v.parts_at, sizes.parts)
+            assert v.parts == stored(work.Part, v.parts_at, parts)
             starts = words[v.starts_at : v.starts_at + v.thread_blocks + 1]
             assert len(starts) == v.thread_blocks + 1 and starts[0] == 0 and starts == sorted(starts)
             jobs = stored(work.Job, v.jobs_at, starts[-1])
             v.jobs = [jobs[lo:hi] for lo, hi in pairwise(starts)]
             self.variants.append(v)
-        sources = [take("jobs_at", "count") for _ in range(sizes.parts)]
-        self.sources = [stored(work.Job, s.jobs_at, s.count) for s in sources]
+        self.decodings = [
+            SimpleNamespace(
+                module=next(rest), job=here(work.Job, 1)[0], residual=here(work.Job, 1)[0], part=here(work.Part, 1)[0]
+            )
+            for _ in range(next(rest))
+        ]
         self.dense = [take("out_begin", "rows", "offset") for _ in range(next(rest))]
         assert next(rest, None) is None
 
     def check_limits(self, processors: int) -> None:
-        """What the kernels count on without looking."""
-        assert self.shared_bytes <= SHARED_BYTES and self.shared_bytes % 16 == 0
-        assert [v.max_tokens for v in self.variants] == [8, 16]
+        """What the kernels of the stationary layout count on without looking."""
+        assert self.stationary and self.shared_bytes % 16 == 0
+        assert self.shared_bytes + OWN_SHARED_BYTES <= SHARED_BYTES
         for v in self.variants:
-            assert 0 < len(v.jobs) <= processors and all(v.jobs)
-            step = TILE_COLUMNS * (2 if v.max_tokens == 8 else 1)
-            for job in (job for jobs in v.jobs for job in jobs):
-                columns = job.column_end - job.column_begin
-                assert columns > 0
-                if job.kind == Kind.DOT:
-                    continue
-                assert job.row_begin < job.row_end
-                if job.kind == Kind.SLICED:
-                    assert columns <= step and job.column_begin % step == 0 and job.book_rows <= SLICE_ROWS
-                else:
-                    assert columns <= WARPS * WARP_COLUMNS and job.column_begin % (STEPS[Kind(job.kind)] * 16) == 0
+            assert v.max_tokens in (8, 16, 32, 64) and 0 < len(v.jobs) <= processors and all(v.jobs)
+            assert v.stride % 2 == 0  # sums are stored in pairs
+            jobs = [job for jobs in v.jobs for job in jobs]
+            _check_dots(v, [job for job in jobs if job.kind == Kind.DOT])
+            jobs = [job for job in jobs if job.kind != Kind.DOT]
+            for job in jobs:
+                assert 0 <= job.row_begin < job.row_end and 0 <= job.column_begin < job.column_end
+            if v.wide == ABSENT:
+                assert v.max_tokens <= 16
+                _check_few(v.max_tokens, jobs)
+            else:
+                _check_wide(v, jobs)
+        assert all(a.max_tokens < b.max_tokens for a, b in pairwise(self.variants))
+        for d in self.decodings:
+            assert d.job.width == 8 or (d.job.kind == Kind.FAR and d.residual.kind in (Kind.FAR, ABSENT))
+            assert d.job.kind != Kind.BYTE_PAIRS or d.residual.kind == ABSENT
+            assert d.residual.kind == ABSENT or d.residual.width == d.job.width
+
+
+def _check_dots(v: SimpleNamespace, dots: list[work.Job]) -> None:
+    """Every token once, for every module with a norm."""
+    places = [m.dot for m in v.modules if m.dot != ABSENT]
+    assert sorted(set(places)) == sorted(places) and {job.out for job in dots} == set(places)
+    for place in places:
+        tokens = sorted((job.row_begin, job.row_end) for job in dots if job.out == place)
+        assert [lo for lo, _ in tokens] == [0, *(hi for _, hi in tokens[:-1])] and tokens[-1][1] == v.max_tokens
+
+
+def _check_few(max_tokens: int, jobs: list[work.Job]) -> None:
+    """multiply.cu"""
+    step = TILE_COLUMNS * (2 if max_tokens == 8 else 1)
+    for job in jobs:
+        columns = job.column_end - job.column_begin
+        assert job.width == 8 and job.out % 2 == 0
+        if job.kind == Kind.SLICED:
+            assert columns <= step and job.column_begin % step == 0 and job.book_rows <= SLICE_ROWS
+        else:
+            assert job.kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS)
+            assert columns <= WARPS * WARP_COLUMNS and job.column_begin % (STEPS[Kind(job.kind)] * 16) == 0
+
+
+def _check_wide(v: SimpleNamespace, jobs: list[work.Job]) -> None:
+    """wide.cuh: each strip of outputs comes in pieces by columns, whose sums are splits 0, 1, .. of a part."""
+    assert v.wide == (jobs[0].kind if len({job.kind for job in jobs}) == 1 else Kind.DOT)
+    strips: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for job in jobs:
+        assert job.row_begin % WIDE_TILES == 0 and job.row_end <= job.row_begin + WIDE_TILES
+        assert job.column_begin % GRANULE == 0 and (job.scale == ABSENT or job.scale % 4 == 0)  # loaded by four
+        assert job.width == 8 or (job.kind == Kind.FAR and job.width == 16)
+        (p,) = (i for i, part in enumerate(v.parts) if 0 <= job.out - part.out < part.splits * part.stride)
+        split, rest = divmod(job.out - v.parts[p].out, v.parts[p].stride)
+        assert rest == 0 and job.row_end * TILE_OUTPUTS <= v.parts[p].stride and job.width == v.parts[p].width
+        strips.setdefault((p, job.row_begin), []).append((job.column_begin, job.column_end, split))
+    for pieces in strips.values():
+        pieces.sort()
+        assert [lo for lo, _, _ in pieces] == [0, *(hi for _, hi, _ in pieces[:-1])]
+        assert sorted(split for _, _, split in pieces) == list(range(len(pieces)))
+    for p, part in enumerate(v.parts):
+        counts = [len(pieces) for (q, _), pieces in sorted(strips.items()) if q == p]
+        assert part.splits == max(counts) and (part.counts != ABSENT or min(counts) == max(counts))
 
 
 class Shared:
@@ -198,8 +265,13 @@ class Shared:
 
     def __init__(self, size: int) -> None:
         self.rows = np.full((size // 16, 8), np.nan)
-        self.held = ABSENT
+        self.held: tuple[int, ...] = ()
 
     def put(self, at: np.ndarray, values: np.ndarray) -> None:
         assert at.max() < len(self.rows), "beyond the shared memory of a block"
         self.rows[at] = values
+
+    def spoil(self, begin: int, size: int) -> None:
+        """Something else is stored to ``size`` rows."""
+        assert begin + size <= len(self.rows), "beyond the shared memory of a block"
+        self.rows[begin : begin + size] = np.nan

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.crossovers import crossovers
+from tests.packers import Plan
 from tests.shards import CPU
 from tests.strategies import few, random_tensors
 from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError
 from vllm_vptq.format import LayerSpec, dequantize
-from vllm_vptq.layouts import choice, compact, paired, stationary, streams, work
+from vllm_vptq.layouts import choice, compact, stationary, streams, work
 from vllm_vptq.layouts.work import Job, Kind, Unit
 from vllm_vptq.parameters import cut_module
 
@@ -36,6 +37,13 @@ def fake_gpu(monkeypatch, shared_kib: int = 227, free: float = 0.9) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 1000), 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+
+
+@pytest.mark.parametrize(("major", "tensor_groups"), [(8, False), (9, True), (10, False), (12, False)])
+def test_hardware(major, tensor_groups, monkeypatch):
+    properties = SimpleNamespace(multi_processor_count=99, major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert stationary.Gpu.of(GPU) == stationary.Gpu(99, tensor_groups)
 
 
 def test_on_a_cpu():
@@ -97,7 +105,7 @@ def test_impossible_choices(monkeypatch):
 
 
 def test_crossovers_are_numbers_for_every_class():
-    classes = {"compact", "stationary resident", "stationary sliced", "stationary unaligned"}
+    classes = {"compact", "stationary resident", "stationary far"}
     for name, table in choice._crossovers().items():
         assert set(table) == classes, name
         assert all(isinstance(tokens, int) and tokens > 0 for tokens in table.values())
@@ -108,9 +116,10 @@ def test_crossovers_are_numbers_for_every_class():
     [
         (LayerSpec(96, 40, 8, 256, 16), "resident"),
         (LayerSpec(96, 40, 8, 8192), "resident"),
-        (LayerSpec(96, 40, 16, 16384), "sliced"),
-        (LayerSpec(96, 40, 8, 256, 16384), "sliced"),
-        (LayerSpec(96, 40, 12, 65536), "unaligned"),
+        (LayerSpec(96, 40, 12, 256, 256), "resident"),
+        (LayerSpec(96, 40, 16, 16384), "far"),
+        (LayerSpec(96, 40, 8, 256, 16384), "far"),
+        (LayerSpec(96, 40, 12, 65536), "far"),
     ],
 )
 def test_crossover_class(spec, expected):
@@ -122,14 +131,14 @@ def test_crossovers_from_measurements():
         return dict(layout=layout, format=name, layer="8B o", tokens=tokens, us=us, dense_us=dense)
 
     rows = [
-        row("stationary", "v8-k65536", 16, 20.0, 12.0),
+        row("stationary", "v8-k65536", 64, 80.0, 12.0),
         row("stationary", "v8-k65536", 1024, 150.0, 50.0),
-        row("stationary", "v8-k256-256", 16, 10.0, 12.0),  # without a row of many tokens
+        row("stationary", "v8-k256-256", 64, 10.0, 12.0),  # without a row of many tokens
         row("compact", "v6-k4096", 8, 40.0, 10.0),
         row("compact", "v6-k4096", 1024, 80.0, 50.0),
     ]
-    # 16 tokens cost 20 us; decoding and a dense product 100 + 12
-    assert crossovers(rows) == {"compact": 8, "stationary sliced": 90}
+    # 64 tokens cost 80 us; decoding and a dense product 100 + 12
+    assert crossovers(rows) == {"compact": 8, "stationary far": 90}
 
 
 def test_resident_bytes_are_logged_with_the_last_layer(caplog):
@@ -192,24 +201,8 @@ def calls():
         return x.new_full((*x.shape[:-1], work.out_features(plan)), 7.0)
 
     library.impl("lookup_linear", stand_in)
-    library.impl("lookup_by_count", gpu._by_count)
     yield plans
     library._destroy()
-
-
-def test_two_layouts_are_chosen_between_by_the_number_of_tokens(calls):
-    few, many = (streams.build(compact.build(shards(), torch.float16, CPU), 96, 132, direct) for direct in (4, 0))
-    pair = paired.PairedLayout(
-        *(few.codes, few.books, few.work, many.codes, many.books, many.work, None, None, None), few.plan, many.plan
-    )
-    layout, tensors = choice._of("stationary", gpu.lookup_by_count, pair, shards())
-    for shape in [(4, 96), (2, 2, 96), (96,), (5, 96), (1, 5, 96), (300, 96)]:
-        assert layout.apply(torch.zeros(shape, dtype=torch.float16), None, **tensors).shape == (*shape[:-1], 40)
-    assert calls == [tuple(few.plan)] * 3 + [tuple(many.plan)] * 3
-    compiled = torch.compile(lambda x: layout.apply(x, None, **tensors), fullgraph=True, dynamic=True, backend="eager")
-    for count in (3, 5):
-        compiled(torch.zeros(count, 96, dtype=torch.float16))
-    assert calls[6:] == [tuple(few.plan), tuple(many.plan)]
 
 
 def test_a_layer_on_a_gpu_is_one_node_of_a_graph(calls):
@@ -236,21 +229,20 @@ def test_jobs_of_the_compact_layout_cover_the_layer():
     """Every vector row and column of every segment, once; sums of different jobs in different places."""
     spec = LayerSpec(2500, 300, 12, 256, 16, group_num=2, enable_norm=True, enable_perm=True)
     made = streams.build(compact.build(shards(spec), torch.float16, CPU), 2500, 132, 16)
-    words = made.work.view(-1).tolist()
-    count, at = made.plan[5 + 3 + 4], made.plan[5 + 3 + 2]
-    records = [words[at + 24 * i : at + 24 * i + 24] for i in range(count)]
-    names = list(vars(Job(0)))
+    plan = Plan(made.work.tolist(), made.plan)
+    assert not plan.stationary
+    (v,) = plan.variants
+    assert v.wide == work.ABSENT and all(len(jobs) == 1 for jobs in v.jobs)
     covered = torch.zeros(2, 2, 25, 1250, dtype=torch.int32)  # codes, plane, row, column
     places: set[tuple[int, int]] = set()
-    offsets = sorted({r[names.index("codes")] for r in records if r[0] == Kind.COMPACT})
-    for record in records:
-        job = dict(zip(names, record, strict=True))
-        if job["kind"] == Kind.DOT:
-            continue
-        rows, columns = (slice(job["row_begin"], job["row_end"]), slice(job["column_begin"], job["column_end"]))
-        covered[offsets.index(job["codes"]), job["plane"], rows, columns] += 1
-        for row in range(job["row_begin"], job["row_end"]):
-            place = (job["out"] + row * 8, job["column_begin"])
+    jobs = [job for (job,) in v.jobs if job.kind != Kind.DOT]
+    assert all(job.kind == Kind.COMPACT for job in jobs)
+    offsets = sorted({job.codes for job in jobs})
+    for job in jobs:
+        rows, columns = slice(job.row_begin, job.row_end), slice(job.column_begin, job.column_end)
+        covered[offsets.index(job.codes), job.plane, rows, columns] += 1
+        for row in range(job.row_begin, job.row_end):
+            place = (job.out + row * 8, job.column_begin)
             assert place not in places
             places.add(place)
     assert bool((covered == 1).all())

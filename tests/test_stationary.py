@@ -7,9 +7,9 @@ a second write to a place of the workspace or of the weight, fail.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,16 +19,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.packers import (
+    GATHERED_BYTES,
+    GRANULE,
     LANE_OF_ROW,
     LANES,
+    RING_BYTES,
     SLICE_ROWS,
     SPAN_TILES,
     STEPS,
     TILE_COLUMNS,
+    TILE_OUTPUTS,
     TILE_ROWS,
     WARPS,
+    WIDE_TILES,
     Plan,
     Shared,
+    entry_of_image_row,
     image_row,
     resident_place,
     round8,
@@ -40,7 +46,8 @@ from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.work import ABSENT, Job, Kind, LookupLayout, Module
 from vllm_vptq.parameters import ModuleShard, Range, cut_module
 
-Vectors = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
+RING_ROWS = RING_BYTES // 16
+STRIP_SUMS = WIDE_TILES * TILE_OUTPUTS
 
 
 class Kernels:
@@ -65,12 +72,14 @@ class Kernels:
             y[:, d.out_begin : d.out_begin + d.rows] = x @ self._dense(d).T
         return y
 
-    def weight(self) -> np.ndarray:
-        """``lookup_weight``."""
+    def weight(self, step: int) -> np.ndarray:
+        """``lookup_weight``, ``step`` outputs at a time, as for many tokens."""
         weight = np.full((self.plan.out_features, self.plan.in_features), np.nan)
-        for m in self.plan.variants[0].modules:
-            if not m.dense:
-                weight[m.out_begin : m.out_end] = self._decode(m)
+        for begin in range(0, len(weight), step):
+            for i, m in enumerate(self.plan.variants[0].modules):
+                lo, hi = max(begin, m.out_begin), min(begin + step, m.out_end)
+                if lo < hi and not m.dense:
+                    weight[lo:hi] = self._decode(i, m, lo - m.out_begin, hi - m.out_begin)
         for d in self.plan.dense:
             weight[d.out_begin : d.out_begin + d.rows] = self._dense(d)
         return weight
@@ -96,41 +105,42 @@ class Kernels:
             return np.arange(job.column_end)
         return self._take("columns", job.column_list, job.column_end)
 
-    # multiply.cu
-
     def _multiply(self, v: SimpleNamespace, x: np.ndarray) -> np.ndarray:
-        workspace, written = np.full((len(x), v.stride), np.nan), np.zeros(v.stride, bool)
-        assert v.stride % 2 == 0
-
-        def store(at: int, sums: np.ndarray) -> None:
-            where = slice(at, at + sums.shape[1])
-            assert at >= 0 and where.stop <= v.stride and not written[where].any()
-            written[where], workspace[:, where] = True, sums
-
+        workspace = Workspace(len(x), v.stride)
         for jobs in v.jobs:
             shared = Shared(self.plan.shared_bytes)
             for job in jobs:
-                if job.kind != Kind.SLICED:
-                    shared.held = ABSENT
                 if job.kind == Kind.DOT:
-                    part = x[:, job.column_begin : job.column_end]
-                    shift = self._norm(job.shift, job.column_end, 1)[job.column_begin :]
-                    store(job.out, (part * shift).sum(1, keepdims=True))
+                    self._dot(job, x, workspace)
+                    shared.spoil(0 if v.wide == ABSENT else RING_ROWS, 2 * WARPS * 4 // 16)
+                    shared.held = ()
                     continue
-                assert job.out % 2 == 0  # sums are stored in pairs
                 scaled = x * self._norm(job.scale, x.shape[1], 1)
                 acts = scaled[:, self._sources(job)[job.column_begin :]].T
-                do = self._sliced if job.kind == Kind.SLICED else self._resident
-                for row, sums in do(job, acts, 1 if len(x) <= 8 else 2, shared):
-                    store(job.out + row * 8, sums)
-        return workspace
+                if v.wide != ABSENT:
+                    assert job.kind == v.wide or v.wide == Kind.DOT
+                    self._wide(job, acts, shared, workspace)
+                elif job.kind == Kind.SLICED:
+                    self._sliced(job, acts, 1 if len(x) <= 8 else 2, shared, workspace)
+                else:
+                    self._resident(job, acts, 1 if len(x) <= 8 else 2, shared, workspace)
+        return workspace.sums
 
-    def _sliced(self, job: Job, acts: np.ndarray, octets: int, shared: Shared) -> Iterator[tuple[int, np.ndarray]]:
-        if shared.held != job.book:  # else left by the job before
+    # dot.cuh
+
+    def _dot(self, job: Job, x: np.ndarray, workspace: Workspace) -> None:
+        part = x[job.row_begin : job.row_end, job.column_begin : job.column_end]
+        shift = self._norm(job.shift, job.column_end, 1)[job.column_begin :]
+        workspace.store(job.out, (part * shift).sum(1, keepdims=True), job.row_begin)
+
+    # sliced.cuh
+
+    def _sliced(self, job: Job, acts: np.ndarray, octets: int, shared: Shared, workspace: Workspace) -> None:
+        if shared.held != (job.book,):  # else left by the job before
             shared.put(np.arange(job.book_rows), self._book(job.book, job.book_rows))
-            shared.held = job.book
+            shared.held = (job.book,)
         tiles = SPAN_TILES // octets
-        assert SLICE_ROWS + octets * tiles * TILE_ROWS <= len(shared.rows)
+        shared.spoil(SLICE_ROWS, octets * tiles * TILE_ROWS)
         first_tile, last_tile = job.column_begin // TILE_COLUMNS, -(-job.column_end // TILE_COLUMNS)
         tile, column = np.full((tiles * TILE_ROWS, acts.shape[1]), np.nan), np.arange(len(acts))
         tile[column + column // TILE_COLUMNS * 8] = acts
@@ -139,7 +149,7 @@ class Kernels:
             at, slice_row = self._entries(job, row, first_tile, last_tile)
             at = at - first_tile % SPAN_TILES * TILE_ROWS
             assert (at >= 0).all()
-            yield row, tile[at].T @ shared.rows[slice_row]
+            workspace.store(job.out + row * 8, tile[at].T @ shared.rows[slice_row])
 
     def _entries(self, job: Job, row: int, first_tile: int, last_tile: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the entries of lists, padding included: the column as a row of shared memory, and the row of the slice."""
@@ -148,43 +158,100 @@ class Kernels:
         words = self._take("codes", job.codes + begin * 32, (end - begin) * 32).reshape(-1, 32)
         return (words >> 19).reshape(-1), (words[:, LANE_OF_ROW] >> 2 & (SLICE_ROWS - 1)).reshape(-1)
 
-    def _resident(self, job: Job, acts: np.ndarray, octets: int, shared: Shared) -> Iterator[tuple[int, np.ndarray]]:
-        steps, base = STEPS[Kind(job.kind)], 2 * WARPS * 128 * 4 * octets // 16
+    # resident.cuh
+
+    def _resident(self, job: Job, acts: np.ndarray, octets: int, shared: Shared, workspace: Workspace) -> None:
+        base = 2 * WARPS * 128 * 4 * octets // 16
+        shared.held = ()
+        shared.spoil(0, base)
         self._fill_images(job, shared, base)
-        loads, first_load = -(-len(acts) // (steps * 16)), job.column_begin // (steps * 16)
-        acts = np.concatenate([acts, np.zeros((loads * steps * 16 - len(acts), acts.shape[1]))])
-        acts = acts[resident_place(np.zeros(1, int), loads, steps)[1][0]]
-        for pair in range(job.row_begin, job.row_end):
-            values = self._look_up(job, pair, first_load, loads, shared, base)
-            for odd in range(2):
-                lanes = np.arange(32) // 8 % 2 == odd
-                mine, theirs = values[:, lanes].reshape(-1, 8), acts[:, lanes].reshape(-1, acts.shape[-1])
-                yield 2 * pair + odd, theirs.T @ mine
+        columns = STEPS[Kind(job.kind)] * 16
+        first, loads = job.column_begin // columns, -(-len(acts) // columns)
+        code = self._codes(job, range(job.row_begin, job.row_end))
+        code = code[:, first * columns // 16 : (first + loads) * columns // 16]
+        assert code.shape[1] * 16 == loads * columns
+        self._store(job, acts, self._look_up(job, code, shared, base), workspace)
 
     def _fill_images(self, job: Job, shared: Shared, base: int) -> None:
-        books = [(job.book, job.book_rows), (job.res_book, job.res_rows)]
+        books, copies = [(job.book, job.book_rows), (job.res_book, job.res_rows)], job.copies
+        if job.kind == Kind.FAR_BYTES:
+            books, copies = books[1:], 8
         for at, rows in books if job.kind == Kind.BYTE_PAIRS else books[:1]:
             book, row = self._book(at, rows), np.arange(rows)
-            for i in range(job.copies):
+            for i in range(copies):
                 place = image_row(row, i, rows) if job.kind == Kind.SHORTS else row * 8 + (i + row) % 8
                 shared.put(base + place, book)
-            base += round8(rows) * job.copies
+            base += round8(rows) * copies
 
-    def _look_up(self, job: Job, pair: int, first_load: int, loads: int, shared: Shared, base: int) -> np.ndarray:
-        """Vectors ``[loads, 32, steps, 8]`` of a pair of vector rows."""
-        assert job.codes % 4 == job.row_words % 4 == 0  # words are loaded by four
-        assert (first_load + loads) * 128 <= job.row_words
-        words = self._take("codes", job.codes + pair * job.row_words + first_load * 128, loads * 128)
-        per_word = STEPS[Kind(job.kind)] // 4
+    def _codes(self, job: Job, tiles: range, residual: bool = False) -> np.ndarray:
+        """Codes ``[tiles, steps, 32]`` of all columns."""
+        kind, at, row_words = Kind(job.kind), job.codes, job.row_words
+        if residual:
+            kind, at, row_words = Kind.BYTES, job.lists, job.list_tiles
+        assert at % 4 == 0 and row_words % 128 == 0  # a lane loads four words
+        words = self._take("codes", at + tiles.start * row_words, len(tiles) * row_words)
+        per_word = STEPS[kind] // 4
         bits = 32 // per_word
-        code = words.reshape(loads, 32, 4, 1) >> bits * np.arange(per_word) & ((1 << bits) - 1)
-        code, lane = code.reshape(loads, 32, -1), LANES[:, None] % 8
+        code = words.reshape(len(tiles), -1, 32, 4, 1) >> bits * np.arange(per_word) & ((1 << bits) - 1)
+        return code.reshape(*code.shape[:3], -1).swapaxes(2, 3).reshape(len(tiles), -1, 32)
+
+    def _look_up(self, job: Job, code: np.ndarray, shared: Shared, base: int) -> np.ndarray:
+        """Vectors ``[tiles, steps, 32, 8]`` out of images."""
         if job.kind == Kind.SHORTS:
             return shared.rows[base + code]
-        values = shared.rows[base + (code & 0xFF) * 8 + lane]
+        values = shared.rows[base + (code & 0xFF) * 8 + LANES % 8]
         if job.kind == Kind.BYTE_PAIRS:
-            values = values + shared.rows[base + round8(job.book_rows) * job.copies + (code >> 8) * 8 + lane]
+            values = values + shared.rows[base + round8(job.book_rows) * job.copies + (code >> 8) * 8 + LANES % 8]
         return values
+
+    def _store(self, job: Job, acts: np.ndarray, vectors: np.ndarray, workspace: Workspace) -> None:
+        """Sums of vectors ``[tiles, steps, 32, 8]``: lanes 0-7 and 16-23 are columns 0-15 of a step for 8 outputs."""
+        sums = []
+        for half in range(2):
+            mine = vectors[:, :, half == LANES // 8 % 2].reshape(len(vectors), -1, 8)
+            padding = np.zeros((mine.shape[1] - len(acts), acts.shape[1]))
+            sums.append(np.concatenate([acts, padding]).T @ mine)
+        flat = np.stack(sums, 2).swapaxes(0, 1).reshape(acts.shape[1], -1)
+        workspace.store(job.out + job.row_begin * TILE_OUTPUTS, flat)
+
+    # wide.cuh
+
+    def _wide(self, job: Job, acts: np.ndarray, shared: Shared, workspace: Workspace) -> None:
+        first, granules = job.column_begin // GRANULE, -(-len(acts) // GRANULE)
+        images, held = RING_ROWS, (job.book, job.res_book)
+        if job.kind == Kind.FAR:
+            shared.held = ()
+        elif shared.held != held:
+            shared.held = held
+            self._fill_images(job, shared, images)
+
+        def codes(residual: bool = False) -> np.ndarray:
+            """Of whole granules: zeros behind the end."""
+            code = self._codes(job, range(job.row_begin, job.row_end), residual)[:, first * 16 :][:, : granules * 16]
+            missing = granules * 16 - code.shape[1]
+            assert 0 <= missing < 16
+            return np.pad(code, ((0, 0), (0, missing), (0, 0)))
+
+        if job.kind in (Kind.FAR, Kind.FAR_BYTES):
+            residual = round8(job.res_rows) * 8 if job.kind == Kind.FAR_BYTES else 0
+            shared.spoil(images + residual, WIDE_TILES * GATHERED_BYTES // 16)
+            vectors = self._gather(job, codes())
+            if job.kind == Kind.FAR_BYTES:
+                assert job.width == 8 and job.list_tiles
+                vectors = vectors + shared.rows[images + codes(residual=True) * 8 + LANES % 8]
+        else:
+            vectors = self._look_up(job, codes(), shared, images)
+        self._store(job, acts, vectors, workspace)
+
+    def _gather(self, job: Job, code: np.ndarray) -> np.ndarray:
+        """Vectors ``[tiles, steps, 32, 8]`` from memory, in the order that ldmatrix reads them."""
+        to, half = LANES, 0 * LANES
+        if job.width == 16:
+            to, half = LANES // 2 % 8 + LANES % 2 * 8 + LANES // 16 * 16, LANES % 2
+        assert job.plane + half.max() < job.copies and code.max() < job.book_rows
+        ring = np.full((*code.shape, 8), np.nan)
+        ring[:, :, to] = self._book(job.book, job.book_rows * job.copies)[code * job.copies + job.plane + half]
+        return ring
 
     # finish.cu
 
@@ -196,9 +263,19 @@ class Kernels:
             n, product = np.arange(m.out_end - m.out_begin), 0
             for part in v.parts[m.part_begin : m.part_end]:
                 vector_row, element = np.divmod(n + part.skip, part.vector_len)
-                mine = element // 8 == part.plane
-                at = (part.out + vector_row * 8 + element % 8)[:, None] + np.arange(part.splits) * part.stride
-                product = product + np.where(mine, workspace[:, np.where(mine[:, None], at, 0)].sum(2), 0)
+                within = element - part.plane * 8
+                mine = (within >= 0) & (within < part.width)
+                sums, splits = vector_row * part.width + within, np.full(len(n), part.splits)
+                if part.counts != ABSENT:
+                    splits = self._take("work", part.counts, (vector_row.max() * part.width) // STRIP_SUMS + 1)
+                    splits = splits[vector_row * part.width // STRIP_SUMS]
+                    assert ((splits > 0) & (splits <= part.splits)).all()
+                for s in range(part.splits):
+                    there = np.flatnonzero(mine & (s < splits))
+                    at = part.out + sums[there] + s * part.stride
+                    added = np.zeros((len(y), len(n)))
+                    added[:, there] = workspace[:, at]
+                    product = product + added
             dot = 0 if m.dot == ABSENT else workspace[:, [m.dot]]
             shift = self._norm(ABSENT if m.scale == ABSENT else m.shift, len(n), 1)
             y[:, m.out_begin : m.out_end] = product * self._norm(m.scale, len(n), 1) + dot * shift
@@ -206,62 +283,99 @@ class Kernels:
 
     # decode.cu
 
-    def _decode(self, m: Module) -> np.ndarray:
-        weight = np.full((m.out_end - m.out_begin, self.plan.in_features), np.nan)
-        for p in range(m.part_begin, m.part_end):
-            part, seen = self.plan.variants[0].parts[p], np.zeros(weight.shape, bool)
-            for job in self.plan.sources[p]:
-                element = np.arange(min(8, part.vector_len - part.plane * 8))
-                for row, column, vectors in self._vectors(job):
-                    output = (row * part.vector_len + part.plane * 8 - part.skip)[:, None] + element
-                    source = np.broadcast_to(self._sources(job)[column][:, None], output.shape)
-                    inside = (output >= 0) & (output < len(weight))
-                    to, value = (output[inside], source[inside]), vectors[:, : len(element)][inside]
-                    assert not seen[to].any() and (np.isnan(weight[to]) != bool(part.adds)).all()
-                    seen[to] = True
-                    if part.adds:
-                        value = value + weight[to]
-                    if not part.added_to:
-                        for scale, shift, axis in ((job.scale, job.shift, 1), (m.scale, m.shift, 0)):
-                            size = weight.shape[axis]
-                            value = value * self._norm(scale, size, 1)[to[axis]]
-                            value += self._norm(shift if scale != ABSENT else ABSENT, size, 0)[to[axis]]
-                    weight[to] = value
+    def _decode(self, index: int, m: Module, begin: int, end: int) -> np.ndarray:
+        """Outputs ``[begin, end)`` of a module."""
+        weight = np.full((end - begin, self.plan.in_features), np.nan)
+        for d in self.plan.decodings:
+            if d.module != index:
+                continue
+            job, length, skip = d.job, d.part.vector_len, d.part.skip
+            per_tile = length if job.width == 16 else 2 * length
+            tiles = range((begin + skip) // per_tile, min(-(-(end + skip) // per_tile), job.row_end))
+            if not tiles:
+                continue
+            vectors = self._plain_vectors(job, tiles)
+            if d.residual.kind != ABSENT:
+                assert d.residual.column_end == job.column_end
+                vectors = vectors + self._plain_vectors(d.residual, tiles)
+            row, column = resident_place(np.array(tiles), 1, vectors.shape[1], job.width)
+            row, column = row[:, 0].swapaxes(1, 2)[..., None], column[:, 0].swapaxes(1, 2)[..., None]
+            plane = job.plane + (LANES % 2 if job.width == 16 else 0 * LANES)
+            element = plane[:, None] * 8 + np.arange(8)
+            output = row * length + element - skip
+            kept = (element < length) & (output >= begin) & (output < end) & (column < job.column_end)
+            output, column = (np.broadcast_to(a, kept.shape)[kept] for a in (output, column))
+            source, value = self._sources(job)[column], vectors[kept]
+            if job.scale != ABSENT:
+                value = value * self._norm(job.scale, weight.shape[1], 1)[source]
+                value += self._norm(job.shift, weight.shape[1], 0)[source]
+            if m.scale != ABSENT:
+                size = m.out_end - m.out_begin
+                value = value * self._norm(m.scale, size, 1)[output] + self._norm(m.shift, size, 0)[output]
+            left = np.isnan(weight).sum()
+            weight[output - begin, source] = value
+            assert np.isnan(weight).sum() == left - len(value), "a weight was written twice, or from nowhere"
         return weight
 
-    def _vectors(self, job: Job) -> Vectors:
-        """Vector rows, columns of the segment, and the vectors there."""
-        shared = Shared(self.plan.shared_bytes)
-        if job.kind == Kind.SLICED:
-            shared.put(np.arange(job.book_rows), self._book(job.book, job.book_rows))
-            for row in range(job.row_begin, job.row_end):
-                for tile in range(0, job.list_tiles, SPAN_TILES):
-                    at, slice_row = self._entries(job, row, tile, min(tile + SPAN_TILES, job.list_tiles))
-                    kept = at % TILE_ROWS != TILE_COLUMNS
-                    column = (tile * TILE_COLUMNS + at - at // TILE_ROWS * 8)[kept]
-                    yield np.full(len(column), row), column, shared.rows[slice_row[kept]]
-            return
-        self._fill_images(job, shared, 0)
-        steps = STEPS[Kind(job.kind)]
-        loads = -(-job.column_end // (steps * 16))
-        for pair in range(job.row_begin, job.row_end):
-            row, column = (a.reshape(-1) for a in np.broadcast_arrays(*resident_place(np.array([pair]), loads, steps)))
-            inside = column < job.column_end
-            values = self._look_up(job, pair, 0, loads, shared, 0).reshape(-1, 8)
-            yield row[inside], column[inside], values[inside]
+    def _plain_vectors(self, job: Job, tiles: range) -> np.ndarray:
+        """Vectors ``[tiles, steps, 32, 8]`` of all columns, from the books as they are."""
+        code = self._codes(job, tiles)[:, : -(-job.column_end // 128) * 8]
+        assert code.shape[1] * 16 >= job.column_end
+        if job.kind == Kind.BYTE_PAIRS:
+            book, residual = self._book(job.book, job.book_rows), self._book(job.res_book, job.res_rows)
+            return book[code & 0xFF] + residual[code >> 8]
+        if job.kind == Kind.FAR:
+            half = LANES % 2 if job.width == 16 else 0 * LANES
+            assert job.plane + half.max() < job.copies
+            return self._book(job.book, job.book_rows * job.copies)[code * job.copies + job.plane + half]
+        assert job.kind in (Kind.BYTES, Kind.SHORTS)
+        entry = code if job.kind == Kind.BYTES else entry_of_image_row(code, job.book_rows)
+        return self._book(job.book, job.book_rows)[entry]
 
 
-def check(shards: list[ModuleShard], weight: Tensor, processors: int = 132, dtype: torch.dtype = torch.float16) -> Plan:
-    """Packs a layer, and compares the products with ``weight`` in float64, and the decoded weight with it."""
-    layout = stationary.build(shards, dtype, CPU, processors, 32)
-    assert layout.books.dtype == dtype and layout.books.numel() % 8 == 0
-    kernels, dense = Kernels(layout), weight.double().numpy()
-    kernels.plan.check_limits(processors)
-    x = np.random.default_rng(0).standard_normal((29, dense.shape[1]))
-    for tokens in (3, 29):  # one call of the first variant, two of the second
-        np.testing.assert_allclose(kernels.linear(x[:tokens]), x[:tokens] @ dense.T, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(kernels.weight(), dense, rtol=1e-12, atol=1e-12)
-    return kernels.plan
+class Workspace:
+    """Sums ``[tokens, stride]``."""
+
+    def __init__(self, tokens: int, stride: int) -> None:
+        self.sums, self.written = np.full((tokens, stride), np.nan), np.zeros((tokens, stride), bool)
+
+    def store(self, at: int, sums: np.ndarray, token: int = 0) -> None:
+        where = slice(token, token + len(sums)), slice(at, at + sums.shape[1])
+        assert at >= 0 and where[1].stop <= self.sums.shape[1] and not self.written[where].any()
+        self.written[where], self.sums[where] = True, sums
+
+
+def check(
+    shards: list[ModuleShard], weight: Tensor, processors: int = 132, dtype: torch.dtype = torch.float16
+) -> list[Plan]:
+    """Packs a layer, and compares the products with ``weight`` in float64, and the decoded weight with it.
+
+    Returns the plans of a layout all of whose variants are wide.cuh's, and of one where multiply.cu has what it can.
+    """
+    dense = weight.double().numpy()
+    x = np.random.default_rng(0).standard_normal((69, dense.shape[1]))
+    plans = []
+    for most in (0, 16):
+        layout = build(shards, processors, dtype, most)
+        assert layout.books.dtype == dtype and layout.books.numel() % 8 == 0
+        kernels = Kernels(layout)
+        kernels.plan.check_limits(processors)
+        for tokens in (5, 13, 29, 69):  # the last one in two launches
+            np.testing.assert_allclose(kernels.linear(x[:tokens]), x[:tokens] @ dense.T, rtol=1e-9, atol=1e-9)
+        plans.append(kernels.plan)
+    np.testing.assert_allclose(kernels.weight(40), dense, rtol=1e-12, atol=1e-12)
+    assert [[v.max_tokens for v in plan.variants if v.wide != ABSENT] for plan in plans] == [[8, 16, 32, 64], [32, 64]]
+    return plans
+
+
+def build(
+    shards: list[ModuleShard], processors: int = 132, dtype: torch.dtype = torch.float16, most: int | None = None,
+    tensor_groups: bool = True,
+) -> LookupLayout:  # fmt: skip
+    """Lays a layer out; ``most``: tokens that multiply.cu serves, if the layout is not to decide."""
+    served = stationary.few_tokens if most is None else lambda *_: most
+    with mock.patch.object(stationary, "few_tokens", served):
+        return stationary.build(shards, dtype, CPU, stationary.Gpu(processors, tensor_groups), 64)
 
 
 def layer(
@@ -289,11 +403,14 @@ FORMATS = {
     "v8-k65536": dict(vector_len=8, num_centroids=65536),
     "v8-k65536-256": dict(vector_len=8, num_centroids=65536, num_res_centroids=256),
     "v8-k16-16384": dict(vector_len=8, num_centroids=16, num_res_centroids=16384),
+    "v8-k65536-512": dict(vector_len=8, num_centroids=65536, num_res_centroids=512),
     "v8-k256-256": dict(vector_len=8, num_centroids=256, num_res_centroids=256),
     "v8-k8192": dict(vector_len=8, num_centroids=8192),
     "v6-k4096": dict(vector_len=6, num_centroids=4096),
     "v12-k4096-64": dict(vector_len=12, num_centroids=4096, num_res_centroids=64),
+    "v12-k65536": dict(vector_len=12, num_centroids=65536),
     "v16-k16384-32": dict(vector_len=16, num_centroids=16384, num_res_centroids=32),
+    "v20-k16384-65536": dict(vector_len=20, num_centroids=16384, num_res_centroids=65536),
     "v20-k512-4": dict(vector_len=20, num_centroids=512, num_res_centroids=4),
 }
 EXTRAS = {
@@ -313,15 +430,8 @@ def test_formats(name, extra):
     check(*layer([spec]))
 
 
-@few(150)
-@given(
-    spec=specs(max_out=60, max_group_size=200),
-    seed=st.integers(0, 99),
-    processors=st.sampled_from([1, 2, 7, 132]),
-    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
-    data=st.data(),
-)
-def test_any_spec(spec, seed, processors, dtype, data):
+def check_any(spec: LayerSpec, seed: int, processors: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    """Checks some rows and columns of a module."""
     tensors = random_tensors(spec, seed, dtype)
     rows, columns = (
         tuple(sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True))))
@@ -331,40 +441,119 @@ def test_any_spec(spec, seed, processors, dtype, data):
     check([cut_module(tensors, spec, rows, columns)], weight, processors, dtype)
 
 
+anything = dict(
+    seed=st.integers(0, 99),
+    processors=st.sampled_from([1, 2, 7, 132]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    data=st.data(),
+)
+
+
+@few(300)
+@given(spec=specs(max_out=60, max_group_size=200), **anything)
+def test_any_spec(spec, seed, processors, dtype, data):
+    check_any(spec, seed, processors, dtype, data)
+
+
+@st.composite
+def large_specs(draw: st.DrawFn) -> LayerSpec:
+    """With books of every way to look them up, vectors of up to three planes, and outputs in several strips."""
+    sizes = st.sampled_from([16, 256, 512, 4096, 8192, 16384, 65536])
+    main, residual = draw(sizes), draw(st.one_of(st.just(0), sizes))
+    length = draw(st.sampled_from([2, 5, 8, 12, 16, 20, 24]))
+    fixed = dict(num_centroids=main, num_res_centroids=residual, vector_len=length)
+    return draw(specs(max_out=900, max_group_size=700, group_num=draw(st.integers(1, 2)), **fixed))
+
+
+@few(200)
+@given(spec=large_specs(), **anything)
+def test_any_large_spec(spec, seed, processors, dtype, data):
+    check_any(spec, seed, processors, dtype, data)
+
+
 @pytest.mark.parametrize("processors", [1, 5, 132])
 def test_fused(processors):
     plain = LayerSpec(520, 96, **FORMATS["v8-k65536"])
     normed = LayerSpec(520, 50, **FORMATS["v6-k4096"], **EXTRAS["column norm"])
     rows = LayerSpec(520, 33, **FORMATS["v8-k256-256"], **EXTRAS["row norm"])
-    plan = check(*layer([plain, None, normed, rows, None, plain]), processors)
-    assert [m.dense for m in plan.variants[0].modules] == [0, 1, 0, 0, 1, 0]
+    for plan in check(*layer([plain, None, normed, rows, None, plain]), processors):
+        assert [m.dense for m in plan.variants[0].modules] == [0, 1, 0, 0, 1, 0]
+        assert {v.wide for v in plan.variants} <= {ABSENT, Kind.DOT}
 
 
-@pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-64", "v6-k4096"])
+@pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-64", "v6-k4096", "v20-k16384-65536"])
 @pytest.mark.parametrize("extra", ["column norm", "row norm"])
 def test_shards_that_skip(name, extra):
     spec = LayerSpec(512, 101, **FORMATS[name], **EXTRAS[extra])
     for rows, columns in [((37, 93), (0, 512)), ((0, 101), (128, 384)), ((100, 101), (5, 512))]:
-        plan = check(*layer([spec], rows, columns))
-        assert [p.skip for p in plan.variants[0].parts][-1] == rows[0] % spec.vector_len
+        for plan in check(*layer([spec], rows, columns)):
+            assert [p.skip for p in plan.variants[0].parts][-1] == rows[0] % spec.vector_len
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (13, 4097), (24, 9000), (3, 4096)], ids=str)
-@pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v8-k65536", "v6-k4096"])
-def test_wide(name, shape):
+@pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v8-k65536", "v6-k4096", "v12-k65536"])
+def test_shapes(name, shape):
     """(out, in): several tiles and spans of columns, tails, and so few rows that columns are cut further."""
-    plan = check(*layer([LayerSpec(shape[1], shape[0], **FORMATS[name])]))
-    if shape[1] > 4096:
-        for v in plan.variants:
-            assert all(part.splits > 1 for part in v.parts)
-            assert len({job.column_begin for jobs in v.jobs for job in jobs}) > 1
+    for plan in check(*layer([LayerSpec(shape[1], shape[0], **FORMATS[name])])):
+        if shape[1] > 4096:
+            for v in plan.variants:
+                assert all(part.splits > 1 for part in v.parts)
+                assert len({job.column_begin for jobs in v.jobs for job in jobs}) > 1
+
+
+@pytest.mark.parametrize("processors", [1, 3, 6])
+@pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v6-k4096", "v20-k16384-65536"])
+def test_outputs_in_more_or_fewer_pieces(name, processors):
+    """Thread blocks of wide.cuh end in the middle of some outputs."""
+    plans = check(*layer([LayerSpec(2900, 500, **FORMATS[name], **EXTRAS["column norm"])]), processors)
+    parts = [part for plan in plans for v in plan.variants if v.wide != ABSENT for part in v.parts]
+    assert any(part.counts != ABSENT for part in parts) == (processors > 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "wide", "most"),
+    [
+        ("v8-k65536", Kind.FAR, 16),
+        ("v8-k65536 v8-k256-256", Kind.DOT, 16),
+        ("v8-k65536-512", Kind.DOT, 16),
+        ("v8-k65536 v8-k16-16384", Kind.DOT, 16),
+        ("v8-k65536-256", Kind.FAR_BYTES, 8),
+        ("v12-k65536", Kind.FAR, 8),
+        ("v8-k65536 v12-k65536", Kind.FAR, 8),
+        ("v8-k256-256", Kind.BYTE_PAIRS, 0),
+        ("v8-k8192 v6-k4096", Kind.SHORTS, 0),
+        ("v20-k512-4", Kind.DOT, 0),
+    ],
+)
+def test_which_kernel_serves(names, wide, most):
+    shards, weight = layer([LayerSpec(320, 61, **FORMATS[name]) for name in names.split()])
+    x = np.random.default_rng(1).standard_normal((69, 320))
+    for tensor_groups in (True, False):
+        layout = build(shards, tensor_groups=tensor_groups)
+        kernels = Kernels(layout)
+        kernels.plan.check_limits(132)
+        expected = [(tokens, ABSENT if tokens <= most else wide) for tokens in (8, 16, 32, 64)]
+        if not tensor_groups:
+            expected = [(8, ABSENT), (16, ABSENT)]
+        assert [(v.max_tokens, v.wide) for v in kernels.plan.variants] == expected
+        assert kernels.plan.direct_tokens == 64
+        for tokens in (3, 13, 69):
+            expected_y = x[:tokens] @ weight.double().numpy().T
+            np.testing.assert_allclose(kernels.linear(x[:tokens]), expected_y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("entries", [256, 257, 4096, 4097, 4260, 6144, 6200, 8192, 8193])
+def test_images_fill_shared_memory(entries):
+    """Only books of outliers may have any size."""
+    extras = dict(outlier_size=20, outlier_vector_len=8, num_outlier_centroids=entries)
+    check(*layer([LayerSpec(320, 100, **FORMATS["v8-k256-256"], **extras)]), processors=3)
 
 
 def test_neighbours_share_a_slice():
     """One thread block does everything, slice by slice: 3 ranges of columns and 8 slices, each filled once."""
     shards, weight = layer([LayerSpec(9000, 24, **FORMATS["v8-k65536"])])
-    plan = check(shards, weight, processors=1)
-    for v, ranges in zip(plan.variants, (3, 5), strict=True):
+    _, plan = check(shards, weight, processors=1)
+    for v, ranges in zip(plan.variants[:2], (3, 5), strict=True):
         (jobs,) = v.jobs
         assert [job.book for job in jobs] == [SLICE_ROWS * s for s in range(8) for _ in range(ranges)]
 
@@ -373,16 +562,16 @@ def test_pieces_of_a_module_share_its_book():
     tensors = random_tensors(spec := LayerSpec(64, 96, **FORMATS["v8-k65536"]), 0)
     shards = [cut_module(tensors, spec, rows, (0, 64)) for rows in ((0, 32), (32, 64), (64, 96))]
     shards = [replace(s, segments=(replace(s.segments[0], book=shards[0].segments[0].book),)) for s in shards]
-    assert stationary.build(shards, torch.float16, CPU, 132, 32).books.numel() == 65536 * 8
+    assert build(shards).books.numel() == 65536 * 8
     check(shards, dequantize(tensors, spec, torch.float64))
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_a_pair_of_layouts_reads_the_same_norm_columns_and_dense_weights(extra):
+def test_norm_columns_and_dense_weights_lie_as_in_the_compact_layout(extra):
     spec = LayerSpec(300 + EXTRAS[extra].get("outlier_size", 0), 50, **FORMATS["v12-k4096-64"], **EXTRAS[extra])
     shards, _ = layer([spec, None, spec])
-    pair, small = paired.build(shards, torch.float16, CPU, 132, 32), compact.build(shards, torch.float16, CPU)
+    made, small = build(shards), compact.build(shards, torch.float16, CPU)
     for name in ("norm", "columns", "dense"):
-        mine, theirs = getattr(pair, name), getattr(small, name)
+        mine, theirs = getattr(made, name), getattr(small, name)
         assert (mine is None) == (theirs is None)
         assert mine is None or torch.equal(mine, theirs)

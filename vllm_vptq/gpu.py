@@ -23,7 +23,7 @@ _DEFINITIONS = (
     " -> Tensor",
     "pack_sliced(Tensor words, int columns, int bits, int shift, int width, int slices, int tiles) -> (Tensor, Tensor)",
     "pack_resident(Tensor words, int columns, int bits, int shift, int width, int res_shift, int res_width, int kind, "
-    "int loads, int book_rows, int copies, int width) -> Tensor",
+    "int loads, int book_rows, int copies, int vector_width) -> Tensor",
 )
 
 
