@@ -279,6 +279,7 @@ def test_architectures() -> None:
         ("8.6", (8, 0), False),
         ("8.0", (9, 0), False),
         ("9.0a", (9, 0), True),
+        ("8.0+PTX", (9, 0), False),
         ("10.0a", (10, 3), False),
         ("12.0", (12, 1), True),
         ("8.9+PTX", (11, 0), True),

@@ -26,6 +26,7 @@ Capability = tuple[int, int]
 OLDEST: Capability = (8, 0)
 """bfloat16 and asynchronous copies begin here."""
 
+HOPPER: Capability = (9, 0)
 _OWN_FEATURES: frozenset[Capability] = frozenset({(9, 0), (10, 0), (10, 3)})
 """Whose matrix instructions (wgmma, tcgen05) exist only under the name with an 'a', which runs nowhere else."""
 _ARCHITECTURE = re.compile(r"(\d+)\.(\d)a?(\+PTX)?")
@@ -111,7 +112,12 @@ def gencode(architectures: Iterable[str]) -> list[str]:
 
 
 def runs_on(architectures: Sequence[str], capability: Capability) -> bool:
-    """Whether code built for the architectures runs on a GPU: NVIDIA's rules of binary and PTX compatibility."""
+    """Whether code built for the architectures runs on a GPU: NVIDIA's rules of binary and PTX compatibility.
+
+    Hopper takes its own code alone: what others' PTX becomes there lacks the kernels that use ``wgmma``.
+    """
+    if capability == HOPPER:
+        return architecture(HOPPER) in architectures
     for name in architectures:
         match = _ARCHITECTURE.fullmatch(name)
         assert match, name

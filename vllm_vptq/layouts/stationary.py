@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vllm_vptq.build.toolkit import HOPPER
 from vllm_vptq.layouts import wide, work
 from vllm_vptq.layouts.flat import Flat
 from vllm_vptq.layouts.passes import (
@@ -51,7 +52,7 @@ class Gpu:
     @classmethod
     def of(cls, device: torch.device) -> Gpu:
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.multi_processor_count, properties.major == 9)
+        return cls(properties.multi_processor_count, (properties.major, properties.minor) == HOPPER)
 
 
 def build(
