@@ -28,6 +28,17 @@ def load(model: str, device: torch.device) -> tuple[nn.Module, Any]:
     return loaded.to(device).eval(), tokenizer
 
 
+def load_shapes(model: str) -> nn.Module:
+    """A causal language model without its weights, on the device ``meta``: shapes and dtypes only."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with loading(model):
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            shapes: nn.Module = AutoModelForCausalLM.from_config(config)
+    return shapes
+
+
 @contextlib.contextmanager
 def loading(model: str) -> Iterator[None]:
     """Turns what transformers and safetensors raise for a model that can't be loaded into one line."""

@@ -36,11 +36,18 @@ class Parts:
             self.write_json("run", run)
         before = self.read_json("run")
         changed = [key for key in run if not isinstance(before, dict) or before.get(key) != run[key]]
-        if changed:
+        if changed and not self._has_layers():
+            shutil.rmtree(self.folder)  # nothing is lost, say after a mistake in the options
+            self.folder.mkdir()
+            self.write_json("run", run)
+        elif changed:
             raise QuantizeError(
                 f"{out} holds an unfinished run with another {' and '.join(changed)}; finish that one, choose another "
                 "--out or remove it"
             )
+
+    def _has_layers(self) -> bool:
+        return any(file.name != "calibration.safetensors" for file in self.folder.glob("*.safetensors"))
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()

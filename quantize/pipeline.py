@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
+import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -65,6 +68,7 @@ def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Pl
     model, tokenizer = load(source, device)
     blocks = decoder_blocks(model)
     make_plan(blocks, recipe)  # or hours would pass before its mistakes were seen
+    _require_space(out, model)
 
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
     if "calibration" not in parts:
@@ -80,6 +84,14 @@ def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Pl
     _write(run, plan, out)
     parts.remove()
     return plan
+
+
+def _require_space(out: Path, model: nn.Module) -> None:
+    """QuantizeError where the disk is too full: parts and checkpoint together take no more than the dense model."""
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise QuantizeError(f"{out}: {free / 2**30:.1f} GiB are free, up to {needed / 2**30:.1f} are needed")
 
 
 def choose_device(recipe: Recipe) -> torch.device:
@@ -171,8 +183,17 @@ def _solve(run: _Run, linear: nn.Linear, name: str, layer: LayerRecipe, moment: 
         "error": solution.error,
         "steps": solution.steps,
         "seconds": round(time.perf_counter() - started, 3),
+        "peak_mib": _peak_memory(linear.weight.device),
     }
     run.parts.save(name, solution.tensors, record)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most memory held so far, MiB: on a GPU its own, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
 
 
 def _finetune(run: _Run, plan: Plan, source: str) -> None:
