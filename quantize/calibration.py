@@ -127,10 +127,10 @@ def _self_written(model: Any, tokenizer: Any, count: int, recipe: Recipe, progre
         first[::2] = opening
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return _sample(model, first.to(model.device), recipe.context, progress).cpu()
+        return sample(model, first.to(model.device), recipe.context, progress).cpu()
 
 
-def _sample(model: Any, ids: Tensor, length: int, progress: Progress) -> Tensor:
+def sample(model: Any, ids: Tensor, length: int, progress: Progress) -> Tensor:
     """Continues ``ids [n, 1]`` to ``[n, length]`` by sampling, past any end token: the length must be whole.
 
     min-p (https://arxiv.org/abs/2407.01082) keeps the tail out and needs no sort of the vocabulary.

@@ -203,16 +203,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Second moments of the quantized prefix, joint books, one refinement.
     "fast": {"rounds": 1, "allocation": "uniform"},
     # More of each, bits by measured sensitivity, and a short training end to end.
-    "balanced": {"rounds": 3, "iterations": 20, "tokens": 65536, "finetune": {"steps": 100, "rate": 0.005}},
+    "balanced": {"rounds": 3, "iterations": 20, "tokens": 32768, "finetune": {"steps": 100, "rate": 0.005}},
     "best": {
         "rounds": 6,
         "iterations": 20,
         "candidates": 8,
-        "tokens": 262144,
+        "tokens": 131072,
         "finetune": {"steps": 500, "rate": 0.005},
     },
     # VPTQ as released: no fine-tuning. Its norm forgets to scale the Hessian; this one does not.
-    "paper": _PAPER | {"allocation": "uniform", "tokens": 65536},
+    "paper": _PAPER | {"allocation": "uniform", "tokens": 32768},
     # GPTVQ's ways in VPTQ's format: no norm, no residual, books fitted to the layer's loss after the walk.
     "gptvq-like": {
         "norm": False,
@@ -220,7 +220,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "residual_centroids": 0,
         "largest_book": 256,
         "rounds": 1,
-        "tokens": 65536,
+        "tokens": 32768,
         "allocation": "uniform",
     },
 }

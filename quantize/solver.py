@@ -64,7 +64,7 @@ def solve(weight: Tensor, moment: Tensor, layer: LayerRecipe, recipe: Recipe, dt
     tensors = state.tensors()
     result = dequantize(tensors, spec)
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    return Solution(spec, on_cpu, result, relative_error(target, result, moments), steps)
+    return Solution(spec, on_cpu, result, relative_error(target, result, moments, state.groups), steps)
 
 
 def row_groups(out_features: int, count: int, spec: LayerSpec) -> list[slice]:
@@ -79,14 +79,13 @@ def stored_order(order: Tensor) -> Tensor:
     return order.to(torch.int32).to(torch.int16)
 
 
-def relative_error(weight: Tensor, result: Tensor, moments: Tensor) -> float:
+def relative_error(weight: Tensor, result: Tensor, moments: Tensor, groups: list[slice]) -> float:
     """``tr(E H E^T) / tr(W H W^T)``, summed over row groups with moments ``[G, in_features, in_features]``."""
-    size = -(-len(weight) // len(moments))
     missed = total = torch.zeros((), device=weight.device)
-    for rows, found, moment in zip(weight.split(size), result.split(size), moments, strict=False):
-        error = rows - found
+    for rows, moment in zip(groups, moments, strict=True):
+        error = weight[rows] - result[rows]
         missed = missed + (error @ moment * error).sum()
-        total = total + (rows @ moment * rows).sum()
+        total = total + (weight[rows] @ moment * weight[rows]).sum()
     return float(missed / total.clamp_min(1e-30))
 
 
@@ -105,7 +104,7 @@ class _State:
         if spec.enable_norm:
             shift = self.weight.mean(1)
             self._set_norm((self.weight - shift[:, None]).square().mean(1).sqrt(), shift)
-        total = sum(m.diagonal() * (g.stop - g.start) for m, g in zip(damped, self.groups, strict=False))
+        total = sum(m.diagonal() * (g.stop - g.start) for m, g in zip(damped, self.groups, strict=True))
         # One pair of books needs no stored order: the order of coding is then nobody's business but ours.
         self.order = torch.arange(columns, device=target.device)
         if spec.enable_perm or (spec.group_num == 1 and not spec.outlier_size):
@@ -128,7 +127,7 @@ class _State:
         normal = (self.weight - self.shift[:, None]) / self.scale[:, None]
         return [
             Slab(normal[:, rows].contiguous(), moment * self.scale[:, None] * self.scale)
-            for rows, moment in zip(self.groups, self.raw, strict=False)
+            for rows, moment in zip(self.groups, self.raw, strict=True)
         ]
 
     def points(self, segment: Segment) -> tuple[Tensor, Tensor]:
@@ -201,7 +200,7 @@ class _State:
     def error(self) -> float:
         """The relative error so far, by the damped moments."""
         missed = total = 0.0
-        for slab, raw, rows, coded in zip(self.slabs, self.raw, self.groups, self._decoded(), strict=False):
+        for slab, raw, rows, coded in zip(self.slabs, self.raw, self.groups, self._decoded(), strict=True):
             error = slab.target - coded
             missed += float((slab.moment @ error * error).sum())
             weight = self.weight[:, rows]
