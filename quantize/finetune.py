@@ -1,7 +1,8 @@
 """Fine-tuning: books, column norms and the model's own norms are trained towards the original; indices stay.
 
-The loss is the Kullback-Leibler divergence of the next token's distribution from the original model's. Adam, with steps
-relative to the size of what they change, decayed to nothing. VPTQ's paper has this and never released it.
+End to end, the loss is the Kullback-Leibler divergence of the next token's distribution from the original model's;
+for a block, the error of its output. Adam, with steps relative to the size of what they change, decayed to nothing.
+VPTQ's paper has this and never released it.
 """
 
 from __future__ import annotations
@@ -117,6 +118,26 @@ def tune_model(
         training.update()
         progress(training.step, training.steps, float(loss.detach()))
         checkpoint(training)
+
+
+def tune_block(run: Callable[[int], Tensor], wanted: list[Tensor], training: Training) -> tuple[float, float]:
+    """Trains a block so that ``run(i)`` comes close to ``wanted[i]``, step after step over all i.
+
+    Returns the mean squared error relative to the mean square of what is wanted, before and after.
+    """
+    scale = sum(float(w.float().square().mean()) for w in wanted) / len(wanted)
+
+    @torch.no_grad()
+    def error() -> float:
+        pairs = ((run(i).float(), w.float()) for i, w in enumerate(wanted))
+        return sum(float((found - w).square().mean()) for found, w in pairs) / len(wanted) / scale
+
+    before = error()
+    while training.step < training.steps:
+        i = training.step % len(wanted)
+        ((run(i).float() - wanted[i].float()).square().mean() / scale).backward()
+        training.update()
+    return before, error()
 
 
 def replace_linears(model: nn.Module, coded: Iterable[tuple[str, CodedLinear]]) -> None:

@@ -92,6 +92,18 @@ class Batch:
     hidden: Tensor
     arguments: list[dict]
 
+    def ordinary(self) -> Batch:
+        """A copy that autograd can save; what inference mode made, it refuses."""
+
+        def copied(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.clone()
+            if isinstance(value, (tuple, list)):
+                return type(value)(copied(item) for item in value)
+            return {key: copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+        return Batch(copied(self.hidden), copied(self.arguments))
+
     def run(self, i: int, block: nn.Module) -> Tensor:
         """Block i's output hidden states."""
         output = block(self.hidden, **self.arguments[i])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +21,7 @@ from quantize.calibration import calibration_tokens
 from quantize.coded import CodedLinear
 from quantize.errors import QuantizeError
 from quantize.export import Exporter
-from quantize.finetune import Training, replace_linears, trainable, tune_model
+from quantize.finetune import Training, replace_linears, trainable, tune_block, tune_model
 from quantize.model import Batch, Block, decoder_blocks, first_inputs, load
 from quantize.moments import Weights, collect, output_gradients, stages
 from quantize.parts import Parts
@@ -52,6 +54,15 @@ class _Run:
     def id_batches(self, tokens: int = _BATCH_TOKENS) -> list[Tensor]:
         """The calibration sequences in batches of about so many tokens."""
         return list(self.ids.split(max(1, tokens // self.recipe.context)))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """A finished layer's tensors, as its block's training left them."""
+        tensors = self.parts.load(name)
+        tuned = next((p for b in self.blocks if name in b.linears and (p := _tuned(b)) in self.parts), None)
+        if tuned is not None:
+            trained = self.parts.load(tuned)
+            tensors |= {key: trained[f"{name}.{key}"] for key in tensors if f"{name}.{key}" in trained}
+        return tensors
 
 
 def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Plan:
@@ -140,6 +151,8 @@ def _quantize_blocks(run: _Run, plan: Plan, weights: Weights | None) -> None:
             raise QuantizeError(f"{min(lost)}: no calibration token reached this layer; skip it with a rule")
         original = run.recipe.activations == "original"
         hidden = _advanced(i, block, batches) if original else None
+        tuning = run.recipe.finetune_blocks.steps
+        wanted = _advanced(i, block, batches) if tuning and _tuned(block) not in run.parts else []
         coded: dict[str, Tensor] = {}
         for stage in order:
             moments = None
@@ -155,6 +168,10 @@ def _quantize_blocks(run: _Run, plan: Plan, weights: Weights | None) -> None:
                     _put(block.linears[name], coded[name])
         for name, weight in coded.items():
             _put(block.linears[name], weight)
+        if tuning:
+            if wanted:
+                run.report.block_tuned(block.name, *_finetune_block(run, plan, i, block, batches, wanted))
+            _put_tuned(run, plan, block)
         for batch, after in zip(batches, hidden or _advanced(i, block, batches), strict=True):
             batch.hidden = after
         run.report.block(block.name, time.perf_counter() - started)
@@ -164,6 +181,56 @@ def _quantize_blocks(run: _Run, plan: Plan, weights: Weights | None) -> None:
 def _advanced(i: int, block: Block, batches: list[Batch]) -> list[Tensor]:
     """What the block gives for each batch."""
     return [batch.run(i, block.module) for batch in batches]
+
+
+def _finetune_block(
+    run: _Run, plan: Plan, i: int, block: Block, batches: list[Batch], wanted: list[Tensor]
+) -> tuple[float, float]:
+    """Trains a coded block towards ``wanted``, its original output for each batch; the result is a part."""
+    prefix = f"{block.name}."
+    copy_ = Block(block.name, copy.deepcopy(block.module), {})
+    coded = _coded_linears(run, plan, [name for name in block.linears if name in plan.specs])
+    replace_linears(copy_.module, ((name.removeprefix(prefix), module) for name, module in coded.items()))
+    settings = run.recipe.finetune_blocks
+    training = Training(trainable(copy_.module), settings.rate, settings.steps)
+    inputs = [batch.ordinary() for batch in batches]
+    errors = tune_block(lambda j: inputs[j].run(i, copy_.module), wanted, training)
+    parameters = {f"{prefix}{name}": parameter for name, parameter in training.parameters.items()}
+    run.parts.save(_tuned(block), _tuned_tensors(run, coded, parameters))
+    return errors
+
+
+def _tuned(block: Block) -> str:
+    return f"{block.name}.tuned"
+
+
+def _tuned_tensors(
+    run: _Run, coded: Mapping[str, CodedLinear], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """What training changed, by the checkpoint's names and in its dtypes: coded linears, and the model's own norms."""
+    tuned = {f"{name}.{key}": tensor for name, module in coded.items() for key, tensor in module.tensors().items()}
+    dtypes = {name: tensor.dtype for name, tensor in run.model.state_dict().items()}
+    return tuned | {name: p.detach().to(dtypes[name]) for name, p in parameters.items() if name in dtypes}
+
+
+@torch.no_grad()
+def _put_tuned(run: _Run, plan: Plan, block: Block) -> None:
+    """Puts a block's trained weights and norms into the model."""
+    tensors = run.parts.load(_tuned(block))
+    norms = {name: p for name, p in block.module.named_parameters() if f"{block.name}.{name}" in tensors}
+    for name, parameter in norms.items():
+        parameter.data.copy_(tensors[f"{block.name}.{name}"])
+    for name, linear in block.linears.items():
+        if name in plan.specs:
+            _put(linear, dequantize(run.tensors(name), plan.specs[name]))
+
+
+def _coded_linears(run: _Run, plan: Plan, names: list[str]) -> dict[str, CodedLinear]:
+    coded = {}
+    for name in names:
+        tensors = {key: tensor.to(run.ids.device) for key, tensor in run.tensors(name).items()}
+        coded[name] = CodedLinear(tensors, plan.specs[name], run.model.get_submodule(name).bias)
+    return coded
 
 
 def _put(linear: nn.Linear, weight: Tensor) -> None:
@@ -202,11 +269,8 @@ def _finetune(run: _Run, plan: Plan, source: str) -> None:
         return
     device = run.ids.device
     teacher, _ = load(source, device)
-    student, _ = load(source, device)
-    coded = {}
-    for name, spec in plan.specs.items():
-        tensors = {key: tensor.to(device) for key, tensor in run.parts.load(name).items()}
-        coded[name] = CodedLinear(tensors, spec, student.get_submodule(name).bias)
+    student = copy.deepcopy(run.model)
+    coded = _coded_linears(run, plan, list(plan.specs))
     replace_linears(student, coded.items())
     settings = run.recipe.finetune
     training = Training(trainable(student), settings.rate, settings.steps)
@@ -224,10 +288,7 @@ def _finetune(run: _Run, plan: Plan, source: str) -> None:
         run.report.training(step, steps, loss)
 
     tune_model(student, teacher, run.id_batches(settings.tokens), training, progress, checkpoint)
-    tuned = {f"{name}.{key}": tensor for name, module in coded.items() for key, tensor in module.tensors().items()}
-    dtypes = {name: tensor.dtype for name, tensor in run.model.state_dict().items()}
-    tuned |= {name: p.detach().to(dtypes[name]) for name, p in training.parameters.items() if name in dtypes}
-    run.parts.save("tuned", tuned)
+    run.parts.save("tuned", _tuned_tensors(run, coded, training.parameters))
 
 
 def book_dtype(weight_dtype: torch.dtype) -> torch.dtype:
@@ -247,7 +308,7 @@ def _write(run: _Run, plan: Plan, out: Path) -> None:
         tensors = {f"{block.name}.{k}": v for k, v in _dense_state(block, plan).items()}
         for name in block.linears:
             if name in plan.specs:
-                tensors |= {f"{name}.{key}": tensor for key, tensor in run.parts.load(name).items()}
+                tensors |= {f"{name}.{key}": tensor for key, tensor in run.tensors(name).items()}
         add(tensors)
     prefixes = tuple(f"{block.name}." for block in run.blocks)
     add({k: v for k, v in _untied_state(run.model).items() if not k.startswith(prefixes)})

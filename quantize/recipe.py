@@ -117,12 +117,19 @@ class Rule(_Strict):
     outlier_centroids: Centroids | None = None
 
 
+class BlockTuning(_Strict):
+    """Training a block: how far and how fast, the rate being the first step's size relative to what it changes."""
+
+    steps: Annotated[int, Field(ge=0, description="of 2048 calibration tokens; 0 for none")] = 0
+    rate: Annotated[float, Field(gt=0, lt=1)] = 5e-3
+
+
 class Finetuning(_Strict):
-    """How far trained, and how fast: the first step's size relative to what it changes."""
+    """Training end to end: how far and how fast, the rate being the first step's size relative to what it changes."""
 
     steps: Annotated[int, Field(ge=0, description="0 for none")] = 0
     tokens: Annotated[int, Field(ge=32, description="calibration tokens a step")] = 512
-    rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    rate: Annotated[float, Field(gt=0, lt=1)] = 5e-3
 
 
 class Recipe(LayerRecipe):
@@ -156,6 +163,9 @@ class Recipe(LayerRecipe):
     candidates: int = Field(4, ge=1, description="main centroids tried with every residual one, for each vector")
     rounds: int = Field(3, ge=0, description="refinements: books and norm by least squares, then indices by descent")
     fit_steps: int = Field(12, ge=1, description="conjugate gradient steps of a least squares fit")
+    finetune_blocks: BlockTuning = Field(
+        default_factory=BlockTuning, description="each block as it is coded, towards the original block's output"
+    )
     finetune: Finetuning = Field(default_factory=Finetuning, description="end to end, towards the original")
     seed: int = Field(0, ge=0, lt=1 << 63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -203,13 +213,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Second moments of the quantized prefix, joint books, one refinement.
     "fast": {"rounds": 1, "allocation": "uniform"},
     # More of each, bits by measured sensitivity, and a short training end to end.
-    "balanced": {"rounds": 3, "iterations": 20, "tokens": 32768, "finetune": {"steps": 100, "rate": 0.005}},
+    "balanced": {"rounds": 3, "iterations": 20, "tokens": 32768, "finetune": {"steps": 100}},
     "best": {
         "rounds": 6,
         "iterations": 20,
         "candidates": 8,
         "tokens": 131072,
-        "finetune": {"steps": 500, "rate": 0.005},
+        "finetune": {"steps": 500},
     },
     # VPTQ as released: no fine-tuning. Its norm forgets to scale the Hessian; this one does not.
     "paper": _PAPER | {"allocation": "uniform", "tokens": 32768},

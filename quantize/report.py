@@ -71,6 +71,10 @@ class Report:
         if step == 1 or step % 10 == 0 or step == steps:
             self.console.print(f"  step {step} of {steps}: loss {loss:.4f}", style="dim", markup=False)
 
+    def block_tuned(self, name: str, before: float, after: float) -> None:
+        """A block is trained; the error of its output, relative to the output."""
+        self.console.print(f"  {name} trained: error {before:.2e} -> {after:.2e}", style="dim", markup=False)
+
     def block(self, name: str, seconds: float) -> None:
         """A block is written."""
         self.console.print(f"{name} in {seconds:.1f} s", markup=False)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from quantize import cli
 from quantize.errors import QuantizeError
-from quantize.recipe import PRESETS, Finetuning, LayerRecipe, Recipe, Rule
+from quantize.recipe import PRESETS, BlockTuning, Finetuning, LayerRecipe, Recipe, Rule
 from tests.strategies import few
 from vllm_vptq.format import LayerSpec, VPTQFormatError
 
@@ -87,6 +87,7 @@ EVERYTHING = {
     "algorithm": "vptq",
     "rounds": 0,
     "fit_steps": 3,
+    "finetune_blocks": {"steps": 4, "rate": 0.25},
     "finetune": {"steps": 5, "rate": 0.5, "tokens": 64},
     "rules": [{"match": "a.*", "skip": True}, {"match": "b", "norm": True, "vector_length": 16}],
     "calibration": ["text.txt", "name:config@0.5"],
@@ -104,9 +105,10 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     assert set(EVERYTHING) == set(Recipe.model_fields)
     recipe = load(tmp_path, EVERYTHING)
     for key, value in EVERYTHING.items():
-        if key not in ("rules", "finetune"):
+        if key not in ("rules", "finetune", "finetune_blocks"):
             found = getattr(recipe, key)
             assert (list(found) if isinstance(found, tuple) else found) == value, key
+    assert recipe.finetune_blocks == BlockTuning(steps=4, rate=0.25)
     assert recipe.finetune == Finetuning(steps=5, rate=0.5, tokens=64)
     assert recipe.rules == (Rule(match="a.*", skip=True), Rule(match="b", norm=True, vector_length=16))
 
@@ -246,6 +248,7 @@ BAD = [
     ("fit_steps", 0),
     ("finetune", {"steps": -1}),
     ("finetune", {"speed": 1}),
+    ("finetune_blocks", {"tokens": 64}),
     ("tokens", 0),
     ("tokens", 1023),
     ("context", 31),

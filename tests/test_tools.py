@@ -24,7 +24,7 @@ from quantize.model import load_shapes
 from quantize.parts import Parts
 from quantize.plot import draw
 from quantize.push import model_card, upload
-from quantize.recipe import Finetuning, Recipe
+from quantize.recipe import BlockTuning, Finetuning, Recipe
 from quantize.report import REPORT
 from tests.tiny import COARSE, ROOT, TEXT, run
 
@@ -41,8 +41,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tied: Path, text_file: Path, tmp_path: Path) -> None:
-    """Killed at two moments: between layers, and in the middle of fine-tuning."""
-    recipe = COARSE.model_copy(update={"calibration": (str(text_file),), "finetune": Finetuning(steps=30, tokens=256)})
+    """Killed at three moments: between layers, after a block was trained, and in the middle of the last training."""
+    training = {"finetune": Finetuning(steps=30, tokens=256), "finetune_blocks": BlockTuning(steps=3)}
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),)} | training)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
     run(tied, tmp_path / "whole", recipe)
     script = (
@@ -52,9 +53,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tied: Path, text_file:
     )
     words = [sys.executable, "-c", script, str(tied), str(tmp_path / "cut"), str(tmp_path / "recipe.json")]
     parts = tmp_path / "cut" / "parts"
-    for awaited in ("model.layers.0.self_attn.o_proj.safetensors", "training.safetensors"):
+    for awaited in ("model.layers.0.self_attn.o_proj", "model.layers.0.tuned", "training"):
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (parts / awaited).exists():
+        while not (parts / f"{awaited}.safetensors").exists():
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -141,6 +142,19 @@ def test_bits_are_given_by_measurement(tied: Path, text_file: Path, tmp_path: Pa
     recipe = COARSE.model_copy(update={"bits": 4.0, "calibration": (str(text_file),)})
     plan = run(tied, tmp_path / "out", recipe)
     assert 3.8 < plan.bits <= 4.0 and len(set(plan.layers.values())) > 1
+
+
+def test_training_blocks_brings_them_closer(tied: Path, text_file: Path, tmp_path: Path) -> None:
+    found = []
+    dense, tokenizer = load_any(str(tied), CPU)
+    for steps in (0, 20):
+        recipe = COARSE.model_copy(
+            update={"calibration": (str(text_file),), "finetune_blocks": BlockTuning(steps=steps)}
+        )
+        run(tied, tmp_path / str(steps), recipe)
+        coded, _ = load_any(str(tmp_path / str(steps)), CPU)
+        found.append(score(coded, tokenizer, TEXT[9000:], 64, 2048, reference=dense).divergence)
+    assert found[1] < 0.98 * found[0]
 
 
 def test_the_report_tells_every_layer(fine: Path, tmp_path: Path) -> None:
