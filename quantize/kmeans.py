@@ -127,8 +127,8 @@ def train_books(
     for _ in range(max(1, iterations // 2)):
         index, residual_index = assign(points, Books(main, residual), candidates)
         assert residual_index is not None
-        main = _means(points - residual[residual_index], weights, index, main)
-        residual = _means(points - main[index], weights, residual_index, residual)
+        main, _ = _means(points - residual[residual_index], weights, index, main)
+        residual, _ = _means(points - main[index], weights, residual_index, residual)
     return Books(main, residual)
 
 
@@ -145,7 +145,7 @@ def kmeans(
         index = nearest(points, book)
         if last is not None and torch.equal(index, last):
             break
-        book, last = _refill(points, weights, index, _means(points, weights, index, book)), index
+        book, last = _refill(points, weights, index, *_means(points, weights, index, book)), index
     return book
 
 
@@ -179,16 +179,17 @@ def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return race.topk(count).indices
 
 
-def _means(points: Tensor, weights: Tensor, index: Tensor, book: Tensor) -> Tensor:
-    """Weighted means of the points of every centroid; one without points stays where it is."""
-    mass = torch.zeros(len(book), device=book.device).index_add_(0, index, weights)
-    total = torch.zeros_like(book).index_add_(0, index, points * weights[:, None])
-    return torch.where((mass > 0)[:, None], total / mass.clamp_min(1e-30)[:, None], book)
+def _means(points: Tensor, weights: Tensor, index: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted means of the points of every centroid, and their mass; one without points stays where it is."""
+    weighted = torch.cat([points * weights[:, None], weights[:, None]], 1)
+    sums = torch.zeros(len(book), book.shape[1] + 1, device=book.device).index_add_(0, index, weighted)
+    total, mass = sums[:, :-1], sums[:, -1]
+    return torch.where((mass > 0)[:, None], total / mass.clamp_min(1e-30)[:, None], book), mass
 
 
-def _refill(points: Tensor, weights: Tensor, index: Tensor, book: Tensor) -> Tensor:
-    """Moves centroids without points to the points that are served worst."""
-    empty = (torch.bincount(index, minlength=len(book)) == 0).nonzero()[:, 0]
+def _refill(points: Tensor, weights: Tensor, index: Tensor, book: Tensor, mass: Tensor) -> Tensor:
+    """Moves centroids without mass to the points that are served worst."""
+    empty = (mass == 0).nonzero()[:, 0]
     if len(empty) == 0 or len(points) < len(book):
         return book
     error = (points - book[index]).square().sum(1) * weights

@@ -2,67 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantize.allocate import allocate
 from quantize.calibration import calibration_tokens
-from quantize.coded import CodedLinear
 from quantize.errors import QuantizeError
 from quantize.export import Exporter
-from quantize.finetune import Training, replace_linears, trainable, tune_block, tune_model
 from quantize.model import Batch, Block, decoder_blocks, first_inputs, load
 from quantize.moments import Weights, collect, output_gradients, stages
 from quantize.parts import Parts
 from quantize.plan import Plan, make_plan
 from quantize.recipe import LayerRecipe, Recipe
 from quantize.report import Report
+from quantize.run import BATCH_TOKENS, Run, tuned_part
 from quantize.sensitivity import measure
 from quantize.solver import row_groups, solve
+from quantize.training import finetune_block, finetune_model, put_tuned, put_weight
 from vllm_vptq.format import dequantize, effective_bits
 
-_BATCH_TOKENS = 2048
-_CHECKPOINT_SECONDS = 120.0
 _MEASURED_TOKENS = 8192
 """Calibration tokens that sensitivities are measured on."""
-
-
-@dataclass
-class _Run:
-    """What the steps of a run share."""
-
-    model: Any
-    tokenizer: Any
-    blocks: list[Block]
-    recipe: Recipe
-    parts: Parts
-    report: Report
-    ids: Tensor
-    """Calibration tokens int64 ``[sequences, context]``, on the device."""
-
-    def id_batches(self, tokens: int = _BATCH_TOKENS) -> list[Tensor]:
-        """The calibration sequences in batches of about so many tokens."""
-        return list(self.ids.split(max(1, tokens // self.recipe.context)))
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """A finished layer's tensors, as its block's training left them."""
-        tensors = self.parts.load(name)
-        tuned = next((p for b in self.blocks if name in b.linears and (p := _tuned(b)) in self.parts), None)
-        if tuned is not None:
-            trained = self.parts.load(tuned)
-            tensors |= {key: trained[f"{name}.{key}"] for key in tensors if f"{name}.{key}" in trained}
-        return tensors
 
 
 def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Plan:
@@ -84,14 +51,14 @@ def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Pl
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
     if "calibration" not in parts:
         parts.save("calibration", {"ids": calibration_tokens(model, tokenizer, recipe, report.progress)})
-    run = _Run(model, tokenizer, blocks, recipe, parts, report, parts.load("calibration")["ids"].to(device))
+    run = Run(model, tokenizer, blocks, recipe, parts, report, parts.load("calibration")["ids"].to(device))
     plan, weights = _prepare(run)
     report.plan(source, plan.specs, plan.weights, plan.bits)
     report.stage("quantizing")
     _quantize_blocks(run, plan, weights)
     if recipe.finetune.steps:
         report.stage("fine-tuning")
-        _finetune(run, plan, source)
+        finetune_model(run, plan, source)
     _write(run, plan, out)
     parts.remove()
     return plan
@@ -114,7 +81,7 @@ def choose_device(recipe: Recipe) -> torch.device:
     return torch.device(recipe.device)
 
 
-def _prepare(run: _Run) -> tuple[Plan, Weights | None]:
+def _prepare(run: Run) -> tuple[Plan, Weights | None]:
     """The plan, and what the end loss feels of every layer if the recipe asks for it."""
     recipe = run.recipe
     chosen = run.parts.read_json("plan")
@@ -123,7 +90,7 @@ def _prepare(run: _Run) -> tuple[Plan, Weights | None]:
         sensitivity = dict.fromkeys(plan.layers, dict.fromkeys((True, False), 1.0))
         if recipe.allocation == "measured":
             run.report.stage("measuring what each layer is worth")
-            batches = run.id_batches()[: max(1, _MEASURED_TOKENS // _BATCH_TOKENS)]
+            batches = run.id_batches()[: max(1, _MEASURED_TOKENS // BATCH_TOKENS)]
             sensitivity = measure(run.model, run.blocks, plan, batches, recipe, run.report.progress)
         layers = allocate(plan.layers, plan.shapes, sensitivity, recipe)
         run.parts.write_json("plan", {name: layer.model_dump() for name, layer in layers.items()})
@@ -138,7 +105,7 @@ def _prepare(run: _Run) -> tuple[Plan, Weights | None]:
     return plan, weights
 
 
-def _quantize_blocks(run: _Run, plan: Plan, weights: Weights | None) -> None:
+def _quantize_blocks(run: Run, plan: Plan, weights: Weights | None) -> None:
     """Codes every linear that has no part yet, and puts the coded weights into the model."""
     batches = first_inputs(run.model, run.blocks, run.id_batches())
     done = 0
@@ -152,7 +119,7 @@ def _quantize_blocks(run: _Run, plan: Plan, weights: Weights | None) -> None:
         original = run.recipe.activations == "original"
         hidden = _advanced(i, block, batches) if original else None
         tuning = run.recipe.finetune_blocks.steps
-        wanted = _advanced(i, block, batches) if tuning and _tuned(block) not in run.parts else []
+        wanted = _advanced(i, block, batches) if tuning and tuned_part(block) not in run.parts else []
         coded: dict[str, Tensor] = {}
         for stage in order:
             moments = None
@@ -160,18 +127,19 @@ def _quantize_blocks(run: _Run, plan: Plan, weights: Weights | None) -> None:
                 if name not in run.parts:
                     moments = moments or collect(i, block, stage, batches, weights)
                     _solve(run, block.linears[name], name, plan.layers[name], moments[name])
-                coded[name] = dequantize(run.parts.load(name), plan.specs[name])
+                tensors = {key: tensor.to(run.ids.device) for key, tensor in run.parts.load(name).items()}
+                coded[name] = dequantize(tensors, plan.specs[name])
                 done += 1
                 record = run.parts.record(name)
                 run.report.layer(name, plan.specs[name], record["error"], done, len(plan.specs))
                 if not original:
-                    _put(block.linears[name], coded[name])
+                    put_weight(block.linears[name], coded[name])
         for name, weight in coded.items():
-            _put(block.linears[name], weight)
+            put_weight(block.linears[name], weight)
         if tuning:
             if wanted:
-                run.report.block_tuned(block.name, *_finetune_block(run, plan, i, block, batches, wanted))
-            _put_tuned(run, plan, block)
+                run.report.block_tuned(block.name, *finetune_block(run, plan, i, block, batches, wanted))
+            put_tuned(run, plan, block)
         for batch, after in zip(batches, hidden or _advanced(i, block, batches), strict=True):
             batch.hidden = after
         run.report.block(block.name, time.perf_counter() - started)
@@ -183,62 +151,8 @@ def _advanced(i: int, block: Block, batches: list[Batch]) -> list[Tensor]:
     return [batch.run(i, block.module) for batch in batches]
 
 
-def _finetune_block(
-    run: _Run, plan: Plan, i: int, block: Block, batches: list[Batch], wanted: list[Tensor]
-) -> tuple[float, float]:
-    """Trains a coded block towards ``wanted``, its original output for each batch; the result is a part."""
-    prefix = f"{block.name}."
-    copy_ = Block(block.name, copy.deepcopy(block.module), {})
-    coded = _coded_linears(run, plan, [name for name in block.linears if name in plan.specs])
-    replace_linears(copy_.module, ((name.removeprefix(prefix), module) for name, module in coded.items()))
-    settings = run.recipe.finetune_blocks
-    training = Training(trainable(copy_.module), settings.rate, settings.steps)
-    inputs = [batch.ordinary() for batch in batches]
-    errors = tune_block(lambda j: inputs[j].run(i, copy_.module), wanted, training)
-    parameters = {f"{prefix}{name}": parameter for name, parameter in training.parameters.items()}
-    run.parts.save(_tuned(block), _tuned_tensors(run, coded, parameters))
-    return errors
-
-
-def _tuned(block: Block) -> str:
-    return f"{block.name}.tuned"
-
-
-def _tuned_tensors(
-    run: _Run, coded: Mapping[str, CodedLinear], parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """What training changed, by the checkpoint's names and in its dtypes: coded linears, and the model's own norms."""
-    tuned = {f"{name}.{key}": tensor for name, module in coded.items() for key, tensor in module.tensors().items()}
-    dtypes = {name: tensor.dtype for name, tensor in run.model.state_dict().items()}
-    return tuned | {name: p.detach().to(dtypes[name]) for name, p in parameters.items() if name in dtypes}
-
-
-@torch.no_grad()
-def _put_tuned(run: _Run, plan: Plan, block: Block) -> None:
-    """Puts a block's trained weights and norms into the model."""
-    tensors = run.parts.load(_tuned(block))
-    norms = {name: p for name, p in block.module.named_parameters() if f"{block.name}.{name}" in tensors}
-    for name, parameter in norms.items():
-        parameter.data.copy_(tensors[f"{block.name}.{name}"])
-    for name, linear in block.linears.items():
-        if name in plan.specs:
-            _put(linear, dequantize(run.tensors(name), plan.specs[name]))
-
-
-def _coded_linears(run: _Run, plan: Plan, names: list[str]) -> dict[str, CodedLinear]:
-    coded = {}
-    for name in names:
-        tensors = {key: tensor.to(run.ids.device) for key, tensor in run.tensors(name).items()}
-        coded[name] = CodedLinear(tensors, plan.specs[name], run.model.get_submodule(name).bias)
-    return coded
-
-
-def _put(linear: nn.Linear, weight: Tensor) -> None:
-    linear.weight.data.copy_(weight)
-
-
 @torch.inference_mode()
-def _solve(run: _Run, linear: nn.Linear, name: str, layer: LayerRecipe, moment: Tensor) -> None:
+def _solve(run: Run, linear: nn.Linear, name: str, layer: LayerRecipe, moment: Tensor) -> None:
     started = time.perf_counter()
     try:
         solution = solve(linear.weight.data, moment, layer, run.recipe, book_dtype(linear.weight.dtype))
@@ -263,40 +177,12 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
 
 
-def _finetune(run: _Run, plan: Plan, source: str) -> None:
-    """Trains books and norms end to end; the result is the part ``tuned``, with the checkpoint's names of tensors."""
-    if "tuned" in run.parts:
-        return
-    device = run.ids.device
-    teacher, _ = load(source, device)
-    student = copy.deepcopy(run.model)
-    coded = _coded_linears(run, plan, list(plan.specs))
-    replace_linears(student, coded.items())
-    settings = run.recipe.finetune
-    training = Training(trainable(student), settings.rate, settings.steps)
-    if "training" in run.parts:
-        training.load(run.parts.load("training"))
-    saved = time.monotonic()
-
-    def checkpoint(state: Training) -> None:
-        nonlocal saved
-        if time.monotonic() - saved > _CHECKPOINT_SECONDS:
-            run.parts.save("training", state.state())
-            saved = time.monotonic()
-
-    def progress(step: int, steps: int, loss: float) -> None:
-        run.report.training(step, steps, loss)
-
-    tune_model(student, teacher, run.id_batches(settings.tokens), training, progress, checkpoint)
-    run.parts.save("tuned", _tuned_tensors(run, coded, training.parameters))
-
-
 def book_dtype(weight_dtype: torch.dtype) -> torch.dtype:
     """What books and norms are stored in: 16 bits always, or a "2 bit" model would not be one."""
     return torch.float16 if weight_dtype == torch.float32 else weight_dtype
 
 
-def _write(run: _Run, plan: Plan, out: Path) -> None:
+def _write(run: Run, plan: Plan, out: Path) -> None:
     """Turns parts into the checkpoint: a shard for each block, and one for the rest."""
     exporter = Exporter(out)
     tuned = run.parts.load("tuned") if "tuned" in run.parts else {}

@@ -161,7 +161,7 @@ class Recipe(LayerRecipe):
     )
     iterations: int = Field(10, ge=1, description="rounds of k-means, at most")
     candidates: int = Field(4, ge=1, description="main centroids tried with every residual one, for each vector")
-    rounds: int = Field(3, ge=0, description="refinements: books and norm by least squares, then indices by descent")
+    rounds: int = Field(1, ge=0, description="refinements: books and norm by least squares, then indices by descent")
     fit_steps: int = Field(12, ge=1, description="conjugate gradient steps of a least squares fit")
     finetune_blocks: BlockTuning = Field(
         default_factory=BlockTuning, description="each block as it is coded, towards the original block's output"

@@ -22,7 +22,9 @@ from quantize.recipe import LayerRecipe, Recipe
 from quantize.refine import fit_books, fit_norm
 from vllm_vptq.format import LayerSpec, dequantize, pack_indices
 
-_SAMPLES_PER_CENTROID = 512
+_SAMPLES_PER_CENTROID = 256
+_MOST_SAMPLES = 1 << 21
+"""Of books with many centroids, whose k-means would otherwise take longer than all the rest."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class _State:
         for segment in self.segments:
             points, weights = self.points(segment)
             k, r = len(segment.books.main), 0 if segment.books.residual is None else len(segment.books.residual)
-            points, weights = _sample(points, weights, _SAMPLES_PER_CENTROID * max(k, r), generator)
+            points, weights = _sample(points, weights, min(_SAMPLES_PER_CENTROID * max(k, r), _MOST_SAMPLES), generator)
             weights = weights / weights.mean().clamp_min(1e-30)
             trained = train_books(points, weights, k, r, self.recipe.iterations, self.recipe.candidates, generator)
             books.append(self._rounded(trained))

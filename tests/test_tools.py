@@ -47,8 +47,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tied: Path, text_file:
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
     run(tied, tmp_path / "whole", recipe)
     script = (
-        "import sys; from pathlib import Path; from quantize import pipeline; from quantize.recipe import Recipe;"
-        "from quantize.report import Report; pipeline._CHECKPOINT_SECONDS = 0.0;"
+        "import sys; from pathlib import Path; from quantize import pipeline, training;"
+        "from quantize.recipe import Recipe; from quantize.report import Report; training._CHECKPOINT_SECONDS = 0.0;"
         "pipeline.quantize_model(sys.argv[1], Path(sys.argv[2]), Recipe.load(Path(sys.argv[3])), Report())"
     )
     words = [sys.executable, "-c", script, str(tied), str(tmp_path / "cut"), str(tmp_path / "recipe.json")]
