@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -71,6 +72,7 @@ def main() -> None:
         "divergence": round(quantized.divergence or 0.0, 4),
         "mean_layer_error": round(sum(errors) / len(errors), 6),
         "quantize_s": round(seconds, 1),
+        "quantize_cpu_s": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, 1),
         "load": round(os.getloadavg()[2], 1),
     }
     save(row)

@@ -130,7 +130,9 @@ def plan(
     made = planned(loaded, chosen)
     _console.print(table(made))
     if chosen.bits is not None and chosen.allocation == "measured":
-        _console.print("which layer gets which books is for the run to measure; here all weights count alike")
+        _console.print(
+            "which layer gets which books is for the run to measure; here all weights count alike", soft_wrap=True
+        )
     _console.print(f"{made.bits:.3f} effective bits a weight, {made.weights * made.bits / 8 / 2**20:.1f} MiB")
     _console.print(estimate(loaded, made, chosen), markup=False)
 

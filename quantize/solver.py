@@ -109,7 +109,8 @@ class _State:
         total = sum(m.diagonal() * (g.stop - g.start) for m, g in zip(damped, self.groups, strict=True))
         # One pair of books needs no stored order: the order of coding is then nobody's business but ours.
         self.order = torch.arange(columns, device=target.device)
-        if spec.enable_perm or (spec.group_num == 1 and not spec.outlier_size):
+        self.reordered = spec.enable_perm or (spec.group_num == 1 and not spec.outlier_size)
+        if self.reordered:
             importance = torch.as_tensor(total) * self.scale.square()
             self.order = importance.argsort(descending=True, stable=True)
         self.raw = [moment[self.order][:, self.order] for moment in damped]
@@ -218,6 +219,12 @@ class _State:
         assert main is not None
         return Books(main, residual)
 
+    def _indices(self, segment: int) -> Codes:
+        """A segment's main and residual indices ``[R, columns]`` over all row groups."""
+        main, residual = zip(*(codes[segment] for codes in self.codes), strict=True)
+        parts = [part for part in residual if part is not None]
+        return torch.cat(main, 1).T, torch.cat(parts, 1).T if parts else None
+
     def tensors(self) -> dict[str, Tensor]:
         """The module's tensors as the format wants them."""
         spec, tensors = self.spec, {}
@@ -227,21 +234,15 @@ class _State:
             tensors["weight_bias"] = self.shift[natural].to(self.dtype)
         if spec.enable_perm:
             tensors["perm"] = stored_order(self.order)
-        whole = [
-            [None if part[0] is None else torch.cat([p for p in part if p is not None], 1).T for part in parts]
-            for parts in (zip(*(codes[i] for codes in self.codes), strict=True) for i in range(len(self.segments)))
-        ]  # [segment][main, residual] -> [R, columns]
+        whole = [self._indices(i) for i in range(len(self.segments))]
         first = 1 if spec.outlier_size else 0
         if spec.outlier_size:
-            index = whole[0][0]
-            assert index is not None
-            tensors["outlier_indices"] = index.to(torch.int32).to(torch.int16)[None]
+            tensors["outlier_indices"] = whole[0][0].to(torch.int32).to(torch.int16)[None]
             tensors["outlier_centroids.weight"] = self.segments[0].books.main.to(self.dtype).reshape(1, -1)
         packed = []
         for index, residual in whole[first:]:
-            assert index is not None
             merged = index if residual is None else index | residual << spec.index_bits
-            if not spec.enable_perm and spec.group_num == 1 and not spec.outlier_size:
+            if self.reordered and not spec.enable_perm:
                 merged = merged[:, natural]
             packed.append(pack_indices(merged.contiguous(), spec.total_bits))
         tensors["indices"] = torch.stack(packed)
