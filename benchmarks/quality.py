@@ -1,16 +1,19 @@
-"""Perplexity of a model before and after quantizing, as one row of a dated JSON file.
+"""What quantizing costs: perplexity before and after, and divergence, as one row of a dated JSON file.
 
-    python benchmarks/quality.py MODEL TEXT [--calibration FILE] [vptq-quantize options ...]
+    python benchmarks/quality.py MODEL TEXT [--context 1024] [--tokens 40960] [vptq-quantize run options ...]
 
 Writes ``benchmarks/results/quality-DATE-MODEL.json`` with the machine, the versions and the recipe; a second run on the
-same day adds its row.
+same day adds its row. ``--table`` prints the rows of such files as a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -21,47 +24,67 @@ from pathlib import Path
 
 import torch
 
-from quantize.evaluate import evaluation_text, load_any, perplexity
+from quantize.evaluate import Score, evaluation_text, load_any, score
 from quantize.export import read_config
-from quantize.pipeline import Plan
+from quantize.plan import total_bits
+from quantize.report import REPORT
 
 RESULTS = Path(__file__).parent / "results"
-CONTEXT, TOKENS = 1024, 40960
 
 
 def main() -> None:
-    """Runs one comparison."""
+    """Runs one comparison, or prints those that were run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("text", help="a file, or wikitext2")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("text", nargs="?", help="a file, or wikitext2")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=40960)
+    parser.add_argument("--name", help="of the row, where the options do not say it")
+    parser.add_argument("--table", nargs="+", type=Path, help="result files to print")
     arguments, options = parser.parse_known_args()
-    text = evaluation_text(arguments.text)
+    if arguments.table:
+        print_table(arguments.table)
+        return
+    if not arguments.model or not arguments.text:
+        parser.error("MODEL and TEXT are needed")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "vptq"
         started = time.perf_counter()
         command = [sys.executable, "-m", "quantize.cli", "run", arguments.model, "--out", str(out), *options]
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - started
-        original, quantized = (measure(model, text) for model in (arguments.model, str(out)))
-        plan = Plan(read_config(out)[1])
+        original, quantized = compare(arguments.model, out, arguments)
+        bits = total_bits(dict(read_config(out)[1]))
         recipe = json.loads((out / "vptq_recipe.json").read_text())
+        errors = [json.loads(line)["error"] for line in (out / REPORT).read_text().splitlines()]
+    sources = [Path(source).name for source in recipe.get("calibration", ["self"])]
     row = {
+        "name": arguments.name or " ".join(o for o in options if not Path(o).is_file() and o != "--calibration"),
         "model": Path(arguments.model).name,
         "text": Path(arguments.text).name,
-        "recipe": recipe | {"calibration": Path(c).name if (c := recipe.get("calibration")) else "self-written"},
-        "effective_bits": round(plan.bits, 4),
-        "perplexity": round(quantized, 4),
-        "original_perplexity": round(original, 4),
-        "ratio": round(quantized / original, 4),
+        "context": arguments.context,
+        "tokens": arguments.tokens,
+        "recipe": recipe | {"calibration": sources},
+        "effective_bits": round(bits, 4),
+        "perplexity": round(quantized.perplexity, 4),
+        "original_perplexity": round(original.perplexity, 4),
+        "excess": round(math.log(quantized.perplexity / original.perplexity), 4),
+        "divergence": round(quantized.divergence or 0.0, 4),
+        "mean_layer_error": round(sum(errors) / len(errors), 6),
         "quantize_s": round(seconds, 1),
+        "quantize_cpu_s": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, 1),
+        "load": round(os.getloadavg()[2], 1),
     }
     save(row)
 
 
-def measure(model: str, text: str) -> float:
-    """Perplexity in float32."""
+def compare(model: str, out: Path, arguments: argparse.Namespace) -> tuple[Score, Score]:
+    """Scores in float32 of the original and of what was made of it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return perplexity(*load_any(model, device), text, CONTEXT, TOKENS)
+    text = evaluation_text(arguments.text)
+    (original, tokenizer), (quantized, _) = load_any(model, device), load_any(str(out), device)
+    size = (arguments.context, arguments.tokens)
+    return score(original, tokenizer, text, *size), score(quantized, tokenizer, text, *size, reference=original)
 
 
 def save(row: dict) -> None:
@@ -71,8 +94,6 @@ def save(row: dict) -> None:
     head = {
         "machine": f"{machine}, {platform.machine()}",
         "versions": {name: version(name) for name in ("torch", "transformers", "vllm-vptq")},
-        "context": CONTEXT,
-        "tokens": TOKENS,
         "rows": [],
     }
     results = json.loads(path.read_text()) if path.exists() else head
@@ -80,6 +101,16 @@ def save(row: dict) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(row, indent=2))
+
+
+def print_table(paths: list[Path]) -> None:
+    """Rows as Markdown: excess is the logarithm of the perplexities' ratio."""
+    print("| model | run | bits | perplexity | original | excess | KL | seconds |\n|---|---|---|---|---|---|---|---|")
+    for path in paths:
+        for row in json.loads(path.read_text())["rows"]:
+            values = [row["model"], row["name"], f"{row['effective_bits']:.3f}", f"{row['perplexity']:.2f}"]
+            values += [f"{row['original_perplexity']:.2f}", f"{row['excess']:.3f}", f"{row['divergence']:.3f}"]
+            print("| " + " | ".join([*values, f"{row['quantize_s']:.0f}"]) + " |")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from quantize.errors import QuantizeError
-from quantize.recipe import Recipe
+from quantize.recipe import Recipe, split_source
 
 Progress = Callable[[int, int], None]
+Row = Mapping[str, Any]
+SELF = "self"
 
 _MIN_P = 0.02
 
@@ -20,51 +23,96 @@ _MIN_P = 0.02
 def calibration_tokens(model: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Tensor:
     """Token ids int64 ``[sequences, context]`` for a recipe; ``progress`` is told how much text there is so far.
 
-    A text file or a data set is cut into consecutive sequences. With neither, the model writes the text itself, which
-    needs no network and fits models of any language (the idea of LLM-QAT, https://arxiv.org/abs/2305.17888).
+    Every source gives its share of consecutive sequences; those of several are shuffled, so that any part of them is a
+    mixture. ``self`` is text the model writes, which needs no network and fits models of any language (the idea of
+    LLM-QAT, https://arxiv.org/abs/2305.17888).
     """
     count = -(-recipe.tokens // recipe.context)
-    if recipe.calibration is None:
-        return _self_written(model, tokenizer, count, recipe, progress)
-    path = Path(recipe.calibration)
-    if path.is_file():
-        text = path.read_text(encoding="utf8", errors="replace")
-    else:
-        text = _dataset_text(recipe.calibration, characters=count * recipe.context * 8)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
-    if len(ids) < count * recipe.context:
+    sources = [split_source(source) for source in recipe.calibration or (SELF,)]
+    parts = []
+    for (name, _), share in zip(sources, shares([weight for _, weight in sources], count), strict=True):
+        if name == SELF:
+            parts.append(_self_written(model, tokenizer, share, recipe, progress))
+        elif share:
+            parts.append(_sequences(name, tokenizer, share, recipe.context))
+    ids = torch.cat(parts)
+    if len(sources) == 1:
+        return ids
+    return ids[torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed))]
+
+
+def shares(weights: list[float], count: int) -> list[int]:
+    """``count`` divided by weight, as whole numbers: what rounding down leaves goes to the largest remainders."""
+    exact = [count * weight / sum(weights) for weight in weights]
+    whole = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])
+    for i in by_remainder[: count - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def _sequences(name: str, tokenizer: Any, count: int, context: int) -> Tensor:
+    """The first ``count`` sequences of a file or a data set."""
+    path, needed = Path(name), count * context
+    rows = _file_rows(path) if path.is_file() else _dataset_rows(name)
+    texts: list[str] = []
+    size = 0
+    for row in rows:
+        texts.append(_text(row, tokenizer, name))
+        size += len(texts[-1])
+        if size >= needed * 8:  # no tokenizer makes tokens of more than 8 characters on average
+            break
+    ids = tokenizer("\n\n".join(texts), return_tensors="pt", add_special_tokens=False).input_ids[0]
+    if len(ids) < needed:
         raise QuantizeError(
-            f"calibration text {recipe.calibration} has {len(ids)} tokens, {count * recipe.context} are needed; "
+            f"calibration text {name} has {len(ids)} tokens, {needed} are needed; "
             "give a longer text or a smaller --tokens"
         )
-    return ids[: count * recipe.context].view(count, recipe.context)
+    return ids[:needed].view(count, context)
 
 
-def _dataset_text(name: str, characters: int) -> str:
-    """The first texts of a data set's training split, ``NAME`` or ``NAME:CONFIG``, joined by blank lines."""
+def _file_rows(path: Path) -> Iterator[Row]:
+    """A text file as one row; every line of a ``.jsonl`` file as one."""
+    text = path.read_text(encoding="utf8", errors="replace")
+    if path.suffix != ".jsonl":
+        yield {"text": text}
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise QuantizeError(f"calibration {path}, line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise QuantizeError(f"calibration {path}, line {number}: expected a table, found {line[:40]!r}")
+        yield row
+
+
+def _dataset_rows(name: str) -> Iterator[Row]:
+    """A data set's training split, ``NAME`` or ``NAME:CONFIG``."""
     from datasets import load_dataset
 
     path, _, config = name.partition(":")
     try:
-        rows = load_dataset(path, config or None, split="train", streaming=True)
-        texts, size = [], 0
-        for row in rows:
-            column = "text" if "text" in row else next((k for k, v in row.items() if isinstance(v, str)), None)
-            if column is None:
-                raise QuantizeError(f"data set {name} has no text column, only {', '.join(row)}")
-            texts.append(row[column])
-            size += len(texts[-1])
-            if size >= characters:
-                break
-    except QuantizeError:
-        raise
+        yield from load_dataset(path, config or None, split="train", streaming=True)
     except Exception as error:  # whatever the hub client raises, from HTTP errors to missing files
         reason = (str(error).splitlines() or [""])[0]
         raise QuantizeError(
             f"calibration {name} is neither a text file nor a data set that could be loaded ({reason}); "
             "leave it out to calibrate on text the model writes itself"
         ) from error
-    return "\n\n".join(texts)
+
+
+def _text(row: Row, tokenizer: Any, name: str) -> str:
+    """A row's text: its messages in the model's chat template, its ``text``, or its first column of strings."""
+    messages = row.get("messages") or row.get("conversations")
+    if isinstance(messages, list):
+        if not getattr(tokenizer, "chat_template", None):
+            raise QuantizeError(f"calibration {name} holds messages, and the model has no chat template")
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    column = "text" if "text" in row else next((k for k, v in row.items() if isinstance(v, str)), None)
+    if column is None:
+        raise QuantizeError(f"calibration {name} has no text column, only {', '.join(row)}")
+    return str(row[column])
 
 
 @torch.inference_mode()
@@ -79,10 +127,10 @@ def _self_written(model: Any, tokenizer: Any, count: int, recipe: Recipe, progre
         first[::2] = opening
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return _sample(model, first.to(model.device), recipe.context, progress).cpu()
+        return sample(model, first.to(model.device), recipe.context, progress).cpu()
 
 
-def _sample(model: Any, ids: Tensor, length: int, progress: Progress) -> Tensor:
+def sample(model: Any, ids: Tensor, length: int, progress: Progress) -> Tensor:
     """Continues ``ids [n, 1]`` to ``[n, length]`` by sampling, past any end token: the length must be whole.
 
     min-p (https://arxiv.org/abs/2407.01082) keeps the tail out and needs no sort of the vocabulary.

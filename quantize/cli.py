@@ -1,4 +1,4 @@
-"""The command line: ``vptq-quantize run | eval | dequantize``."""
+"""The command line: ``vptq-quantize plan | run | eval | dequantize | plot | push``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from quantize.errors import QuantizeError
-from quantize.recipe import Recipe
+from quantize.recipe import PRESETS, Recipe
 from vllm_vptq.build import BuildError
 from vllm_vptq.format import VPTQFormatError
 
@@ -25,19 +25,24 @@ app = typer.Typer(
     help="Makes VPTQ checkpoints (vector post-training quantization, 1.6 to 4 bits a weight) that vLLM serves.",
 )
 _console = Console(highlight=False)
+_PRESETS = f"{', '.join(PRESETS)}: what the recipe starts from."
 
 
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(help="A model on the hub, or a directory with one.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
+    bits: Annotated[float | None, typer.Option(help="Effective bits a weight, books included; chooses them.")] = None,
+    preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file; the options below win over it.")] = None,
     vector_length: Annotated[int | None, typer.Option(help="Output rows that share an index, 2 to 16 [4].")] = None,
     centroids: Annotated[int | None, typer.Option(help="Main codebook, a power of two up to 65536 [256].")] = None,
     residual_centroids: Annotated[int | None, typer.Option(help="Residual codebook, 0 for none [128].")] = None,
     calibration: Annotated[
-        str | None,
-        typer.Option(help="Text file or datasets NAME[:CONFIG] [text the model writes itself]."),
+        list[str] | None,
+        typer.Option(
+            help="Text file, .jsonl of conversations, datasets NAME[:CONFIG] or self; @WEIGHT for several [self]."
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens [16384].")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence [256].")] = None,
@@ -46,10 +51,11 @@ def run(
 ) -> None:
     """Quantizes the linear layers of a decoder and writes a checkpoint for vLLM.
 
-    Index bits a weight are (log2 centroids + log2 residual) / vector length; codebooks and norms come on top, and the
-    plan printed first says how much. Examples:
+    A run that was killed goes on where it stopped when it is started again with the same words. Index bits a weight
+    are (log2 centroids + log2 residual) / vector length; codebooks and norms come on top, and the plan printed first
+    says how much. Examples:
 
-        vptq-quantize run HuggingFaceTB/SmolLM2-135M-Instruct --out smol-vptq
+        vptq-quantize run HuggingFaceTB/SmolLM2-135M-Instruct --out smol-vptq --bits 2.5 --preset balanced
 
         vptq-quantize run ./llama --out llama-2bit --vector-length 8 --centroids 65536 --residual-centroids 0
     """
@@ -57,10 +63,11 @@ def run(
     from quantize.report import Report
 
     options: dict[str, Any] = {
+        "bits": bits,
         "vector_length": vector_length,
         "centroids": centroids,
         "residual_centroids": residual_centroids,
-        "calibration": calibration,
+        "calibration": calibration or None,
         "tokens": tokens,
         "context": context,
         "seed": seed,
@@ -68,7 +75,7 @@ def run(
     }
     started = time.perf_counter()
     with Report(_console) as report:
-        plan = quantize_model(model, out, Recipe.load(recipe, **options), report)
+        plan = quantize_model(model, out, Recipe.load(recipe, preset, **options), report)
     seconds = time.perf_counter() - started
     _console.print(f"{out}: {plan.bits:.2f} effective bits a weight, {seconds:.0f} s. Serve it with:", markup=False)
     _console.print(f"  vllm serve {out}", markup=False)
@@ -82,21 +89,84 @@ def evaluate(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 1024,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use.", min=2)] = 40960,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the LM Evaluation Harness, by commas.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples of each task [all].")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
-    """Prints the perplexity of each model, in float32, and its ratio to the first."""
-    from quantize.evaluate import evaluation_text, load_any, perplexity
+    """Prints the perplexity of each model in float32, its ratio to the first, and its divergence from the first."""
+    from quantize.evaluate import evaluation_text, load_any, score, task_scores
     from quantize.report import Report
 
     body = evaluation_text(text)
-    first: float | None = None
+    first: Any = None
     with Report(_console) as report:
         for name in models:
             report.stage(f"perplexity of {name}")
             model, tokenizer = load_any(name, torch.device(device))
-            value = perplexity(model, tokenizer, body, context, tokens, report.progress)
-            first = first or value
-            _console.print(f"  {value:.3f}  ({value / first:.3f}x)")
+            reference = None if first is None else first[0]
+            found = score(model, tokenizer, body, context, tokens, report.progress, reference)
+            first = first or (model, found)
+            ratio = found.perplexity / first[1].perplexity
+            divergence = "" if found.divergence is None else f"  KL {found.divergence:.4f}"
+            _console.print(f"  {found.perplexity:.3f}  ({ratio:.3f}x){divergence}")
+            if tasks:
+                for task, accuracy in task_scores(model, tokenizer, tasks.split(","), limit).items():
+                    _console.print(f"  {task}: {accuracy:.4f}", markup=False)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A model on the hub, or a directory with one.")],
+    bits: Annotated[float | None, typer.Option(help="Effective bits a weight, books included.")] = None,
+    preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file; the options win over it.")] = None,
+) -> None:
+    """Says what a run would do, without weights or work: layers, bits, bytes, an estimate of time and memory."""
+    from quantize.estimate import estimate, planned, table
+    from quantize.model import load_shapes
+
+    chosen = Recipe.load(recipe, preset, bits=bits)
+    loaded = load_shapes(model)
+    made = planned(loaded, chosen)
+    _console.print(table(made))
+    if chosen.bits is not None and chosen.allocation == "measured":
+        _console.print(
+            "which layer gets which books is for the run to measure; here all weights count alike", soft_wrap=True
+        )
+    _console.print(f"{made.bits:.3f} effective bits a weight, {made.weights * made.bits / 8 / 2**20:.1f} MiB")
+    _console.print(estimate(loaded, made, chosen), markup=False)
+
+
+@app.command()
+def plot(
+    report: Annotated[Path, typer.Argument(help="A quantized model's directory, or its vptq_report.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Image to write: png, svg or pdf.")] = Path("vptq_report.png"),
+) -> None:
+    """Draws every layer's bits and error."""
+    from quantize.plot import draw
+
+    draw(report, out)
+    _console.print(str(out), markup=False)
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="A VPTQ checkpoint.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    original: Annotated[str, typer.Option(help="The model it was made from, for the card.")],
+    result: Annotated[
+        list[str] | None, typer.Option(help="A row of the card's table of results, as NAME=VALUE.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if there is none [main].")] = None,
+    public: Annotated[bool, typer.Option(help="Make the repository public.")] = False,
+) -> None:
+    """Uploads a checkpoint with a model card; private unless you say otherwise."""
+    from huggingface_hub import HfApi
+
+    from quantize.push import upload
+
+    url = upload(HfApi(), checkpoint, repository, original, result or [], revision, private=not public)
+    _console.print(url, markup=False)
 
 
 @app.command()

@@ -1,9 +1,10 @@
-"""Perplexity of dense and VPTQ checkpoints alike, through transformers."""
+"""What dense and VPTQ checkpoints alike make of a text, through transformers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,29 @@ def evaluation_text(name: str | None) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of a text: its perplexity, and how far its predictions are from another model's.
+
+    ``divergence`` is the mean Kullback-Leibler divergence of the next token's distribution, in nats, from the
+    reference's; None without one.
+    """
+
+    perplexity: float
+    divergence: float | None
+
+
 @torch.inference_mode()
-def perplexity(
+def score(
     model: nn.Module,
     tokenizer: Any,
     text: str,
     context: int = 1024,
     tokens: int = 40960,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> float:
-    """exp of the mean negative log likelihood over non-overlapping windows, the first token of each aside."""
+    reference: nn.Module | None = None,
+) -> Score:
+    """Scores non-overlapping windows of ``context`` tokens, the first token of each aside."""
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0][:tokens]
     # Gemma reads nothing sensible without its opening token.
     opening = [tokenizer.bos_token_id] if "gemma" in model.config.model_type else []
@@ -87,11 +101,41 @@ def perplexity(
     starts = range(0, len(ids) - step + 1, step)
     if not starts:
         raise QuantizeError(f"the text has {len(ids)} tokens, fewer than one window of {context}")
-    total, count = 0.0, 0
+    total, divergence, count = 0.0, 0.0, 0
     for i, start in enumerate(starts):
         window = torch.tensor(opening + ids[start : start + step].tolist(), device=model.device)
-        logits = model(window[None]).logits[0, :-1].float()
-        total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+        found = torch.log_softmax(model(window[None]).logits[0, :-1].float(), -1)
+        total += float(nn.functional.nll_loss(found, window[1:], reduction="sum"))
+        if reference is not None:
+            wanted = torch.log_softmax(reference(window[None]).logits[0, :-1].float(), -1)
+            divergence += float(nn.functional.kl_div(found, wanted, reduction="sum", log_target=True))
         count += len(window) - 1
         progress(i + 1, len(starts))
-    return math.exp(total / count)
+    return Score(math.exp(total / count), divergence / count if reference is not None else None)
+
+
+def perplexity(model: nn.Module, tokenizer: Any, text: str, context: int = 1024, tokens: int = 40960) -> float:
+    """exp of the mean negative log likelihood over non-overlapping windows, the first token of each aside."""
+    return score(model, tokenizer, text, context, tokens).perplexity
+
+
+def task_scores(model: nn.Module, tokenizer: Any, tasks: list[str], limit: int | None) -> dict[str, float]:
+    """Accuracies by the LM Evaluation Harness (https://github.com/EleutherAI/lm-evaluation-harness), zero shot.
+
+    QuantizeError without the harness, which the extra ``eval`` installs, and for tasks it doesn't know.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise QuantizeError("--tasks needs the LM Evaluation Harness: pip install 'vllm-vptq[eval]'") from error
+    try:
+        results = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit)["results"]
+    except (KeyError, ValueError) as error:
+        raise QuantizeError(f"tasks {', '.join(tasks)}: {' '.join(str(error).split())}") from error
+    accuracies = ("acc_norm,none", "acc,none", "exact_match,strict-match")
+    return {
+        task: float(next(values[key] for key in accuracies if key in values))
+        for task, values in results.items()
+        if any(key in values for key in accuracies)
+    }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantize.errors import QuantizeError
+from quantize.parts import require_empty, write_tensors
 from quantize.recipe import Recipe
 from vllm_vptq.format import (
     LayerSpec,
@@ -32,51 +33,39 @@ class Exporter:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise QuantizeError(f"{out} exists and is not empty; choose another --out or remove it")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise QuantizeError(f"cannot write to {out}: {error.strerror}") from error
         self._shards: list[dict[str, int]] = []
 
     def add_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Writes one shard. Its final name is known only at the end, so it starts under a number."""
+        # Cloned, for tensors may share memory (a tied head), which safetensors refuses.
         on_cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        _save(on_cpu, self._path(len(self._shards)))
+        write_tensors(on_cpu, self._path(len(self._shards)), {"format": "pt"})
         self._shards.append({name: tensor.nbytes for name, tensor in on_cpu.items()})
 
     def finish(self, model: nn.Module, tokenizer: Any, specs: Mapping[str, LayerSpec], recipe: Recipe) -> None:
-        """Names the shards and writes the index, the configurations, the tokenizer and the recipe."""
+        """Names the shards and writes the index, the tokenizer, the recipe, and last the configurations."""
         files = [f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors" for i in range(len(self._shards))]
         for i, file in enumerate(files):
             self._path(i).rename(self.out / file)
         weight_map = {name: file for shard, file in zip(self._shards, files, strict=True) for name in shard}
         total = sum(size for shard in self._shards for size in shard.values())
         _write_json(self.out / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        config = model.config
-        config.save_pretrained(self.out)
-        written = json.loads((self.out / "config.json").read_text())
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(self.out)
+        tokenizer.save_pretrained(self.out)
+        _write_json(self.out / "vptq_recipe.json", recipe.model_dump(mode="json", exclude_defaults=True))
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            model.config.save_pretrained(folder)
+            written = json.loads((Path(folder) / "config.json").read_text())
         written["quantization_config"] = {
             "quant_method": "vptq",
             "config_for_layers": {name: spec.to_config() for name, spec in specs.items()},
             "shared_layer_config": {},
         }
         _write_json(self.out / "config.json", written)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(self.out)
-        tokenizer.save_pretrained(self.out)
-        _write_json(self.out / "vptq_recipe.json", recipe.model_dump(exclude_defaults=True))
 
     def _path(self, i: int) -> Path:
         return self.out / f"model-part-{i:05d}.safetensors"
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise QuantizeError(f"cannot write {path}: {error}") from error
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -147,6 +136,7 @@ def _dequantized(module: str, tensors: dict[str, Tensor], spec: LayerSpec, dtype
 def write_dense(folder: Path, out: Path, dtype: torch.dtype) -> None:
     """Writes the dense model that a VPTQ checkpoint stands for, for tools that know no VPTQ."""
     config, specs = read_config(folder)
+    require_empty(out)
     exporter = Exporter(out)
     exporter.add_shard(dict(dense_tensors(folder, specs, dtype)))
     (out / "model-part-00000.safetensors").rename(out / "model.safetensors")

@@ -17,10 +17,10 @@ class SecondMoment:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Adds tokens ``[..., in_features]``."""
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Adds tokens ``[..., in_features]``, each with its ``weight [tokens]`` or with one."""
         flat = x.reshape(-1, x.shape[-1]).float()
-        self._sum.addmm_(flat.T, flat)
+        self._sum.addmm_(flat.T if weight is None else flat.T * weight, flat)
         self.tokens += flat.shape[0]
 
     def mean(self) -> Tensor:

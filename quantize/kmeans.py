@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from vllm_vptq.build import cpu_library
 _CHUNK = 1 << 23
 """Distances held at a time."""
 _SEED_ROUNDS = 8
+
+
+Seeding = Literal["spread", "random"]
 
 
 @dataclass(frozen=True)
@@ -116,24 +120,38 @@ def train_books(
     After greedy training the two are refined together: points are assigned jointly, and each book in turn moves to
     the weighted mean of what the other leaves. ``r`` 0 trains a main book alone.
     """
-    main = _kmeans(points, weights, k, iterations, generator)
+    main = kmeans(points, weights, k, iterations, generator)
     if not r:
         return Books(main, None)
-    residual = _kmeans(points - main[nearest(points, main)], weights, r, iterations, generator)
+    residual = kmeans(points - main[nearest(points, main)], weights, r, iterations, generator)
     for _ in range(max(1, iterations // 2)):
         index, residual_index = assign(points, Books(main, residual), candidates)
         assert residual_index is not None
-        main = _means(points - residual[residual_index], weights, index, main)
-        residual = _means(points - main[index], weights, residual_index, residual)
+        main, _ = _means(points - residual[residual_index], weights, index, main)
+        residual, _ = _means(points - main[index], weights, residual_index, residual)
     return Books(main, residual)
 
 
-def _kmeans(points: Tensor, weights: Tensor, k: int, iterations: int, generator: torch.Generator) -> Tensor:
-    book = _seed(points, weights, k, generator)
+def kmeans(
+    points: Tensor, weights: Tensor, k: int, iterations: int, generator: torch.Generator, seeding: Seeding = "spread"
+) -> Tensor:
+    """A book ``[k, v]`` for points ``[n, v]`` with weights ``[n]``, by Lloyd's rounds until nothing moves.
+
+    ``seeding`` "spread" starts from points far from each other, "random" from any, as VPTQ does.
+    """
+    book = _seed(points, weights, k, generator) if seeding == "spread" else _random(points, k, generator)
+    last = None
     for _ in range(iterations):
         index = nearest(points, book)
-        book = _refill(points, weights, index, _means(points, weights, index, book))
+        if last is not None and torch.equal(index, last):
+            break
+        book, last = _refill(points, weights, index, *_means(points, weights, index, book)), index
     return book
+
+
+def _random(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    drawn = torch.randperm(len(points), generator=generator)[torch.arange(k) % len(points)]
+    return points[drawn.to(points.device)]
 
 
 def _seed(points: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -161,16 +179,17 @@ def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return race.topk(count).indices
 
 
-def _means(points: Tensor, weights: Tensor, index: Tensor, book: Tensor) -> Tensor:
-    """Weighted means of the points of every centroid; one without points stays where it is."""
-    mass = torch.zeros(len(book), device=book.device).index_add_(0, index, weights)
-    total = torch.zeros_like(book).index_add_(0, index, points * weights[:, None])
-    return torch.where((mass > 0)[:, None], total / mass.clamp_min(1e-30)[:, None], book)
+def _means(points: Tensor, weights: Tensor, index: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted means of the points of every centroid, and their mass; one without points stays where it is."""
+    weighted = torch.cat([points * weights[:, None], weights[:, None]], 1)
+    sums = torch.zeros(len(book), book.shape[1] + 1, device=book.device).index_add_(0, index, weighted)
+    total, mass = sums[:, :-1], sums[:, -1]
+    return torch.where((mass > 0)[:, None], total / mass.clamp_min(1e-30)[:, None], book), mass
 
 
-def _refill(points: Tensor, weights: Tensor, index: Tensor, book: Tensor) -> Tensor:
-    """Moves centroids without points to the points that are served worst."""
-    empty = (torch.bincount(index, minlength=len(book)) == 0).nonzero()[:, 0]
+def _refill(points: Tensor, weights: Tensor, index: Tensor, book: Tensor, mass: Tensor) -> Tensor:
+    """Moves centroids without mass to the points that are served worst."""
+    empty = (mass == 0).nonzero()[:, 0]
     if len(empty) == 0 or len(points) < len(book):
         return book
     error = (points - book[index]).square().sum(1) * weights

@@ -28,6 +28,17 @@ def load(model: str, device: torch.device) -> tuple[nn.Module, Any]:
     return loaded.to(device).eval(), tokenizer
 
 
+def load_shapes(model: str) -> nn.Module:
+    """A causal language model without its weights, on the device ``meta``: shapes and dtypes only."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with loading(model):
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            shapes: nn.Module = AutoModelForCausalLM.from_config(config)
+    return shapes
+
+
 @contextlib.contextmanager
 def loading(model: str) -> Iterator[None]:
     """Turns what transformers and safetensors raise for a model that can't be loaded into one line."""
@@ -80,6 +91,18 @@ class Batch:
 
     hidden: Tensor
     arguments: list[dict]
+
+    def ordinary(self) -> Batch:
+        """A copy that autograd can save; what inference mode made, it refuses."""
+
+        def copied(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.clone()
+            if isinstance(value, (tuple, list)):
+                return type(value)(copied(item) for item in value)
+            return {key: copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+        return Batch(copied(self.hidden), copied(self.arguments))
 
     def run(self, i: int, block: nn.Module) -> Tensor:
         """Block i's output hidden states."""

@@ -1,109 +1,79 @@
-"""The walk over a model: block by block, collect second moments, solve every linear, write the block."""
+"""The walk over a model: block by block, collect second moments, solve every linear, keep it on disk; then write."""
 
 from __future__ import annotations
 
-import math
+import resource
+import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantize.allocate import allocate
 from quantize.calibration import calibration_tokens
 from quantize.errors import QuantizeError
 from quantize.export import Exporter
-from quantize.hessian import SecondMoment
 from quantize.model import Batch, Block, decoder_blocks, first_inputs, load
-from quantize.recipe import Recipe
+from quantize.moments import Weights, collect, output_gradients, stages
+from quantize.parts import Parts
+from quantize.plan import Plan, make_plan
+from quantize.recipe import LayerRecipe, Recipe
 from quantize.report import Report
-from quantize.solver import Solution, solve
-from vllm_vptq.format import LayerSpec, effective_bits
+from quantize.run import BATCH_TOKENS, Run, tuned_part
+from quantize.sensitivity import measure
+from quantize.solver import row_groups, solve
+from quantize.training import finetune_block, finetune_model, put_tuned, put_weight
+from vllm_vptq.format import dequantize, effective_bits
 
-_BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which linear layers get which spec, known before any work is done."""
-
-    specs: Mapping[str, LayerSpec]
-
-    @property
-    def weights(self) -> int:
-        """How many weights are quantized."""
-        return sum(math.prod(spec.shape) for spec in self.specs.values())
-
-    @property
-    def bits(self) -> float:
-        """Effective bits of the quantized weights: indices, books, norms and permutations over their number."""
-        return sum(effective_bits(spec) * math.prod(spec.shape) for spec in self.specs.values()) / self.weights
-
-
-def make_plan(blocks: list[Block], recipe: Recipe) -> Plan:
-    """The specs a recipe gives a model's linears; QuantizeError if it leaves none or makes one larger than dense."""
-    specs = {}
-    for block in blocks:
-        for name, linear in block.linears.items():
-            layer = recipe.layer(name)
-            if layer is None:
-                continue
-            out, cols = linear.weight.shape
-            if cols > 1 << 16 and layer.perm:
-                raise QuantizeError(f"{name}: perm holds 16-bit columns and this layer has {cols}; set perm to false")
-            specs[name] = layer.spec(out, cols)
-    if not specs:
-        raise QuantizeError("the recipe skips every linear layer; nothing to quantize")
-    worst = max(specs, key=lambda name: effective_bits(specs[name]))
-    if effective_bits(specs[worst]) >= 16:
-        raise QuantizeError(
-            f"{worst}: {effective_bits(specs[worst]):.1f} bits a weight with its codebooks, no less than dense; "
-            "use fewer centroids for layers this small"
-        )
-    return Plan(specs)
+_MEASURED_TOKENS = 8192
+"""Calibration tokens that sensitivities are measured on."""
 
 
 def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Plan:
-    """Quantizes a model and writes the checkpoint to ``out``; see ``Recipe`` for what can be chosen."""
-    device = _device(recipe)
+    """Quantizes a model and writes the checkpoint to ``out``; see ``Recipe`` for what can be chosen.
+
+    A run into the ``out`` of a killed one with the same model and recipe goes on where that stopped.
+    """
+    device = choose_device(recipe)
     # On a GPU sums by index would otherwise depend on the order of atomic additions.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    exporter = Exporter(out)
+    versions = {name: version(name) for name in ("torch", "transformers", "vllm-vptq")}
+    parts = Parts(out, {"model": source, "recipe": recipe.model_dump(mode="json"), "versions": versions})
     report.stage("loading the model")
     model, tokenizer = load(source, device)
     blocks = decoder_blocks(model)
-    plan = make_plan(blocks, recipe)
-    report.plan(source, plan.specs, plan.weights, plan.bits)
+    make_plan(blocks, recipe)  # or hours would pass before its mistakes were seen
+    _require_space(out, model)
 
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
-    ids = calibration_tokens(model, tokenizer, recipe, report.progress)
-    size = max(1, _BATCH_TOKENS // recipe.context)
-    batches = first_inputs(model, blocks, [part.to(device) for part in ids.split(size)])
-
+    if "calibration" not in parts:
+        parts.save("calibration", {"ids": calibration_tokens(model, tokenizer, recipe, report.progress)})
+    run = Run(model, tokenizer, blocks, recipe, parts, report, parts.load("calibration")["ids"].to(device))
+    plan, weights = _prepare(run)
+    report.plan(source, plan.specs, plan.weights, plan.bits)
     report.stage("quantizing")
-    done = 0
-    for i, block in enumerate(blocks):
-        started = time.perf_counter()
-        moments = _collect(i, block, batches, plan)
-        tensors: dict[str, Tensor] = {}
-        for name, solution in _solve_block(block, moments, recipe):
-            tensors |= {f"{name}.{key}": tensor for key, tensor in solution.tensors.items()}
-            done += 1
-            report.layer(name, solution.spec, solution.error, done, len(plan.specs))
-        _advance(i, block, batches)
-        tensors |= {f"{block.name}.{k}": v for k, v in _dense_state(block, plan).items()}
-        exporter.add_shard(tensors)
-        report.block(block.name, time.perf_counter() - started)
-    rest = {k: v for k, v in _untied_state(model).items() if not k.startswith(tuple(f"{b.name}." for b in blocks))}
-    exporter.add_shard(rest)
-    exporter.finish(model, tokenizer, plan.specs, recipe)
+    _quantize_blocks(run, plan, weights)
+    if recipe.finetune.steps:
+        report.stage("fine-tuning")
+        finetune_model(run, plan, source)
+    _write(run, plan, out)
+    parts.remove()
     return plan
 
 
-def _device(recipe: Recipe) -> torch.device:
+def _require_space(out: Path, model: nn.Module) -> None:
+    """QuantizeError where the disk is too full: parts and checkpoint together take no more than the dense model."""
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise QuantizeError(f"{out}: {free / 2**30:.1f} GiB are free, up to {needed / 2**30:.1f} are needed")
+
+
+def choose_device(recipe: Recipe) -> torch.device:
+    """The device a recipe asks for; QuantizeError if there is none."""
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise QuantizeError("device cuda was asked for and torch finds none")
     if recipe.device == "auto":
@@ -111,54 +81,125 @@ def _device(recipe: Recipe) -> torch.device:
     return torch.device(recipe.device)
 
 
+def _prepare(run: Run) -> tuple[Plan, Weights | None]:
+    """The plan, and what the end loss feels of every layer if the recipe asks for it."""
+    recipe = run.recipe
+    chosen = run.parts.read_json("plan")
+    if recipe.bits is not None and chosen is None:
+        plan = make_plan(run.blocks, recipe)
+        sensitivity = dict.fromkeys(plan.layers, dict.fromkeys((True, False), 1.0))
+        if recipe.allocation == "measured":
+            run.report.stage("measuring what each layer is worth")
+            batches = run.id_batches()[: max(1, _MEASURED_TOKENS // BATCH_TOKENS)]
+            sensitivity = measure(run.model, run.blocks, plan, batches, recipe, run.report.progress)
+        layers = allocate(plan.layers, plan.shapes, sensitivity, recipe)
+        run.parts.write_json("plan", {name: layer.model_dump() for name, layer in layers.items()})
+        chosen = run.parts.read_json("plan")
+    known = None if chosen is None else {name: LayerRecipe(**layer) for name, layer in chosen.items()}
+    plan = make_plan(run.blocks, recipe, known)
+    weights: Weights | None = None
+    if recipe.guided:
+        run.report.stage("gradients of the end loss")
+        groups = {name: row_groups(spec.shape[0], recipe.guided, spec) for name, spec in plan.specs.items()}
+        weights, _ = output_gradients(run.model, groups, run.id_batches())
+    return plan, weights
+
+
+def _quantize_blocks(run: Run, plan: Plan, weights: Weights | None) -> None:
+    """Codes every linear that has no part yet, and puts the coded weights into the model."""
+    batches = first_inputs(run.model, run.blocks, run.id_batches())
+    done = 0
+    for i, block in enumerate(run.blocks):
+        started = time.perf_counter()
+        names = [name for name in block.linears if name in plan.layers]
+        order = stages(i, block, names, batches[0])
+        lost = set(names) - {name for stage in order for name in stage}
+        if lost:
+            raise QuantizeError(f"{min(lost)}: no calibration token reached this layer; skip it with a rule")
+        original = run.recipe.activations == "original"
+        hidden = _advanced(i, block, batches) if original else None
+        tuning = run.recipe.finetune_blocks.steps
+        wanted = _advanced(i, block, batches) if tuning and tuned_part(block) not in run.parts else []
+        coded: dict[str, Tensor] = {}
+        for stage in order:
+            moments = None
+            for name in stage:
+                if name not in run.parts:
+                    moments = moments or collect(i, block, stage, batches, weights)
+                    _solve(run, block.linears[name], name, plan.layers[name], moments[name])
+                tensors = {key: tensor.to(run.ids.device) for key, tensor in run.parts.load(name).items()}
+                coded[name] = dequantize(tensors, plan.specs[name])
+                done += 1
+                record = run.parts.record(name)
+                run.report.layer(name, plan.specs[name], record["error"], done, len(plan.specs))
+                if not original:
+                    put_weight(block.linears[name], coded[name])
+        for name, weight in coded.items():
+            put_weight(block.linears[name], weight)
+        if tuning:
+            if wanted:
+                run.report.block_tuned(block.name, *finetune_block(run, plan, i, block, batches, wanted))
+            put_tuned(run, plan, block)
+        for batch, after in zip(batches, hidden or _advanced(i, block, batches), strict=True):
+            batch.hidden = after
+        run.report.block(block.name, time.perf_counter() - started)
+
+
 @torch.inference_mode()
-def _collect(i: int, block: Block, batches: list[Batch], plan: Plan) -> dict[str, SecondMoment]:
-    """Second moments of the block's linears. Layers that receive the same tensor (q, k and v) share one."""
-    moments: dict[str, SecondMoment] = {}
-    latest: dict[str, Any] = {"input": None, "moment": None}
-
-    def record(name: str, linear: nn.Linear, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        if latest["input"] is not x:
-            moment = moments.get(name) or SecondMoment(linear.in_features, x.device)
-            moment.add(x)
-            latest.update(input=x, moment=moment)
-        moments[name] = latest["moment"]
-
-    hooks = [
-        linear.register_forward_pre_hook(partial(record, name))
-        for name, linear in block.linears.items()
-        if name in plan.specs
-    ]
-    for batch in batches:
-        batch.run(i, block.module)
-    for hook in hooks:
-        hook.remove()
-    return moments
+def _advanced(i: int, block: Block, batches: list[Batch]) -> list[Tensor]:
+    """What the block gives for each batch."""
+    return [batch.run(i, block.module) for batch in batches]
 
 
 @torch.inference_mode()
-def _solve_block(block: Block, moments: dict[str, SecondMoment], recipe: Recipe) -> Iterator[tuple[str, Solution]]:
-    """Solves the block's linears, puts the coded weights in their place, and yields the solutions."""
-    for name, linear in block.linears.items():
-        layer = recipe.layer(name)
-        if layer is None:
-            continue
-        if name not in moments:
-            raise QuantizeError(f"{name}: no calibration token reached this layer; skip it with a rule")
-        try:
-            solution = solve(linear.weight.data, moments[name].mean(), layer, recipe, linear.weight.dtype)
-        except QuantizeError as error:
-            raise QuantizeError(f"{name}: {error}") from error
-        linear.weight.data.copy_(solution.weight)
-        yield name, solution
+def _solve(run: Run, linear: nn.Linear, name: str, layer: LayerRecipe, moment: Tensor) -> None:
+    started = time.perf_counter()
+    try:
+        solution = solve(linear.weight.data, moment, layer, run.recipe, book_dtype(linear.weight.dtype))
+    except QuantizeError as error:
+        raise QuantizeError(f"{name}: {error}") from error
+    record = {
+        "layer": name,
+        "bits": effective_bits(solution.spec),
+        "error": solution.error,
+        "steps": solution.steps,
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_mib": _peak_memory(linear.weight.device),
+    }
+    run.parts.save(name, solution.tensors, record)
 
 
-@torch.inference_mode()
-def _advance(i: int, block: Block, batches: list[Batch]) -> None:
-    """Takes the batches through the block, whose weights are the coded ones by now."""
-    for batch in batches:
-        batch.hidden = batch.run(i, block.module)
+def _peak_memory(device: torch.device) -> int:
+    """The most memory held so far, MiB: on a GPU its own, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
+
+
+def book_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """What books and norms are stored in: 16 bits always, or a "2 bit" model would not be one."""
+    return torch.float16 if weight_dtype == torch.float32 else weight_dtype
+
+
+def _write(run: Run, plan: Plan, out: Path) -> None:
+    """Turns parts into the checkpoint: a shard for each block, and one for the rest."""
+    exporter = Exporter(out)
+    tuned = run.parts.load("tuned") if "tuned" in run.parts else {}
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        exporter.add_shard({name: tuned.get(name, tensor) for name, tensor in tensors.items()})
+
+    for block in run.blocks:
+        tensors = {f"{block.name}.{k}": v for k, v in _dense_state(block, plan).items()}
+        for name in block.linears:
+            if name in plan.specs:
+                tensors |= {f"{name}.{key}": tensor for key, tensor in run.tensors(name).items()}
+        add(tensors)
+    prefixes = tuple(f"{block.name}." for block in run.blocks)
+    add({k: v for k, v in _untied_state(run.model).items() if not k.startswith(prefixes)})
+    run.report.write(out, [run.parts.record(name) for name in plan.specs])
+    exporter.finish(run.model, run.tokenizer, plan.specs, run.recipe)
 
 
 def _dense_state(block: Block, plan: Plan) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from quantize.errors import QuantizeError
 from vllm_vptq.specs import MAX_CENTROIDS, MAX_VECTOR, MIN_VECTOR, LayerSpec
@@ -42,6 +42,28 @@ Centroids = Annotated[int, Field(ge=2, le=MAX_CENTROIDS), AfterValidator(_power_
 Residual = Annotated[int, Field(ge=0, le=MAX_CENTROIDS), AfterValidator(_power_of_two), AfterValidator(_not_one)]
 
 
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else () if value is None else value
+
+
+def split_source(source: str) -> tuple[str, float]:
+    """``NAME@WEIGHT`` as name and weight, which is 1 where none is given; ValueError if it is no positive number."""
+    name, at, weight = source.rpartition("@")
+    if not at:
+        return source, 1.0
+    if not float(weight) > 0:
+        raise ValueError(f"{source}: the weight of a source must be above 0")
+    return name, float(weight)
+
+
+def _source(value: str) -> str:
+    split_source(value)
+    return value
+
+
+Source = Annotated[str, AfterValidator(_source)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,7 +75,14 @@ class LayerRecipe(_Strict):
     centroids: Centroids = Field(256, description="entries of the main codebook, a power of two")
     residual_centroids: Residual = Field(128, description="entries of the residual codebook, 0 for none")
     norm: bool = Field(True, description="scale and shift every input column before coding")
-    perm: bool = Field(True, description="code columns in descending order of their second moment")
+    perm: bool = Field(
+        False,
+        description="store columns in the order they are coded in; costs bits, and only groups and outliers need it",
+    )
+    groups: int = Field(1, ge=1, description="column groups with books of their own")
+    outliers: int = Field(0, ge=0, description="columns, the most important ones, that get an outlier book")
+    outlier_vector_length: Vector = 2
+    outlier_centroids: Centroids = 256
 
     def spec(self, out_features: int, in_features: int) -> LayerSpec:
         """The checkpoint format's description of a layer of the given size."""
@@ -63,6 +92,10 @@ class LayerRecipe(_Strict):
             vector_len=self.vector_length,
             num_centroids=self.centroids,
             num_res_centroids=self.residual_centroids,
+            group_num=self.groups,
+            outlier_size=self.outliers,
+            outlier_vector_len=self.outlier_vector_length if self.outliers else 0,
+            num_outlier_centroids=self.outlier_centroids if self.outliers else 0,
             enable_norm=self.norm,
             enable_perm=self.perm,
         )
@@ -78,20 +111,62 @@ class Rule(_Strict):
     residual_centroids: Residual | None = None
     norm: bool | None = None
     perm: bool | None = None
+    groups: Annotated[int, Field(ge=1)] | None = None
+    outliers: Annotated[int, Field(ge=0)] | None = None
+    outlier_vector_length: Vector | None = None
+    outlier_centroids: Centroids | None = None
+
+
+class BlockTuning(_Strict):
+    """Training a block: how far and how fast, the rate being the first step's size relative to what it changes."""
+
+    steps: Annotated[int, Field(ge=0, description="of 2048 calibration tokens; 0 for none")] = 0
+    rate: Annotated[float, Field(gt=0, lt=1)] = 5e-3
+
+
+class Finetuning(_Strict):
+    """Training end to end: how far and how fast, the rate being the first step's size relative to what it changes."""
+
+    steps: Annotated[int, Field(ge=0, description="0 for none")] = 0
+    tokens: Annotated[int, Field(ge=32, description="calibration tokens a step")] = 512
+    rate: Annotated[float, Field(gt=0, lt=1)] = 5e-3
 
 
 class Recipe(LayerRecipe):
     """A whole run. Two runs with one recipe on one machine write the same files, bit for bit."""
 
     rules: tuple[Rule, ...] = ()
-    calibration: str | None = Field(
-        None, description="a text file, a datasets name as NAME[:CONFIG], or nothing: text the model writes itself"
+    bits: float | None = Field(
+        None, gt=1, le=8, description="effective bits, books included: chooses vector lengths and books per layer"
+    )
+    largest_book: Centroids = Field(4096, description="for bits: the most centroids a book may have")
+    residual_books: bool = Field(True, description="for bits: whether there may be residual books")
+    allocation: Literal["measured", "uniform"] = Field(
+        "measured", description="for bits: layer by layer, by what each is worth; or one kind for all"
+    )
+    activations: Literal["quantized", "original"] = Field(
+        "quantized", description="second moments of what the coded layers before give, or of the original's"
+    )
+    guided: int = Field(
+        0, ge=0, description="groups of output rows with second moments weighted by the end loss; 0 for plain ones"
+    )
+    calibration: Annotated[tuple[Source, ...], BeforeValidator(_one_or_many)] = Field(
+        (), description="text files, datasets as NAME[:CONFIG], self for the model's own text; each @WEIGHT"
     )
     tokens: int = Field(16384, ge=1024, description="calibration tokens")
     context: int = Field(256, ge=32, description="tokens in a calibration sequence")
     damping: float = Field(0.01, gt=0, lt=1, description="added to the second moments, relative to their mean")
-    iterations: int = Field(10, ge=1, description="rounds of k-means")
+    algorithm: Literal["joint", "vptq"] = Field(
+        "joint", description="vptq: random seeding, and the residual book trained on what a first walk leaves"
+    )
+    iterations: int = Field(10, ge=1, description="rounds of k-means, at most")
     candidates: int = Field(4, ge=1, description="main centroids tried with every residual one, for each vector")
+    rounds: int = Field(1, ge=0, description="refinements: books and norm by least squares, then indices by descent")
+    fit_steps: int = Field(12, ge=1, description="conjugate gradient steps of a least squares fit")
+    finetune_blocks: BlockTuning = Field(
+        default_factory=BlockTuning, description="each block as it is coded, towards the original block's output"
+    )
+    finetune: Finetuning = Field(default_factory=Finetuning, description="end to end, towards the original")
     seed: int = Field(0, ge=0, lt=1 << 63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -105,9 +180,20 @@ class Recipe(LayerRecipe):
                 fields |= {k: v for k in fields if (v := getattr(rule, k)) is not None}
         return None if skip else LayerRecipe(**fields)
 
+    def is_fixed(self, name: str) -> bool:
+        """Whether a rule says what books a module gets, so that ``bits`` does not."""
+        sizes = ("vector_length", "centroids", "residual_centroids", "groups", "outliers")
+        rules = [rule for rule in self.rules if fnmatchcase(name, rule.match)]
+        return any(getattr(rule, size) is not None for rule in rules for size in sizes)
+
     @classmethod
-    def load(cls, path: Path | None, **options: Any) -> Recipe:
-        """Reads a YAML recipe; options that are not None win over it. QuantizeError names what is wrong."""
+    def load(cls, path: Path | None, preset: str | None = None, **options: Any) -> Recipe:
+        """Reads a YAML recipe; it wins over a preset, and options that are not None over both.
+
+        QuantizeError names what is wrong.
+        """
+        if preset is not None and preset not in PRESETS:
+            raise QuantizeError(f"preset {preset}, expected one of {', '.join(PRESETS)}")
         try:
             data = yaml.safe_load(path.read_text(encoding="utf8")) if path else {}
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -115,8 +201,37 @@ class Recipe(LayerRecipe):
         if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
             raise QuantizeError(f"recipe {path}: expected a table of options by name, found {str(data)[:60]!r}")
         try:
-            return cls(**(data | {k: v for k, v in options.items() if v is not None}))
+            return cls(**(PRESETS.get(preset or "", {}) | data | {k: v for k, v in options.items() if v is not None}))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise QuantizeError(f"recipe: {where}: {first['msg']}") from error
+
+
+_PAPER = {"perm": True, "algorithm": "vptq", "activations": "original", "candidates": 1, "iterations": 100, "rounds": 0}
+PRESETS: dict[str, dict[str, Any]] = {
+    # Second moments of the quantized prefix, joint books, one refinement.
+    "fast": {"rounds": 1, "allocation": "uniform"},
+    # More of each, bits by measured sensitivity, and a short training end to end.
+    "balanced": {"rounds": 3, "iterations": 20, "tokens": 32768, "finetune": {"steps": 100}},
+    "best": {
+        "rounds": 6,
+        "iterations": 20,
+        "candidates": 8,
+        "tokens": 131072,
+        "finetune": {"steps": 500},
+    },
+    # VPTQ as released: no fine-tuning. Its norm forgets to scale the Hessian; this one does not.
+    "paper": _PAPER | {"allocation": "uniform", "tokens": 32768},
+    # GPTVQ's ways in VPTQ's format: no norm, no residual, books fitted to the layer's loss after the walk.
+    "gptvq-like": {
+        "norm": False,
+        "residual_books": False,
+        "residual_centroids": 0,
+        "largest_book": 256,
+        "rounds": 1,
+        "tokens": 32768,
+        "allocation": "uniform",
+    },
+}
+"""Recipes by name; a file or an option changes what it names."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_vptq.format import LayerSpec
+
+REPORT = "vptq_report.jsonl"
 
 
 class Report:
@@ -60,6 +65,21 @@ class Report:
         self.progress(done, total)
         self.console.print(f"  {name:<44} {spec.format_name:<14} error {error:.2e}", style="dim", markup=False)
 
+    def training(self, step: int, steps: int, loss: float) -> None:
+        """A step of fine-tuning is done, with this loss."""
+        self.progress(step, steps)
+        if step == 1 or step % 10 == 0 or step == steps:
+            self.console.print(f"  step {step} of {steps}: loss {loss:.4f}", style="dim", markup=False)
+
+    def block_tuned(self, name: str, before: float, after: float) -> None:
+        """A block is trained; the error of its output, relative to the output."""
+        self.console.print(f"  {name} trained: error {before:.2e} -> {after:.2e}", style="dim", markup=False)
+
     def block(self, name: str, seconds: float) -> None:
         """A block is written."""
         self.console.print(f"{name} in {seconds:.1f} s", markup=False)
+
+    def write(self, out: Path, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes what is known of every layer to ``vptq_report.jsonl``, a line each."""
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (out / REPORT).write_text(lines, encoding="utf8")

@@ -1,153 +1,291 @@
 """One linear layer: from a dense weight and the second moments of its inputs to a module of the VPTQ format.
 
-The loss is that of GPTQ and VPTQ, ``tr((W - Q) H (W - Q)^T)``. Steps: normalise columns (and H along with them, so
-that the loss stays the same), permute columns by importance, train books by weighted k-means, then code column after
-column, spreading each column's error over those not yet coded (VPTQ's channel-independent second order).
+The loss is that of GPTQ and VPTQ, ``tr((W - Q) H (W - Q)^T)``. Steps: normalise columns (and H along with them, so that
+the loss stays the same), order columns by importance, train books by weighted k-means, walk over the columns with error
+feedback, then refine: books and norm by least squares with indices fixed, indices by coordinate descent with those
+fixed.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from quantize.columns import Codes, Segment, Slab, as_vectors, decode, sweep, walk
 from quantize.errors import QuantizeError
-from quantize.hessian import damp, inverse_factor
-from quantize.kmeans import Books, assign, call_native, native_books, train_books
+from quantize.hessian import damp
+from quantize.kmeans import Books, kmeans, train_books
 from quantize.recipe import LayerRecipe, Recipe
+from quantize.refine import fit_books, fit_norm
 from vllm_vptq.format import LayerSpec, dequantize, pack_indices
 
-_BLOCK = 128
-"""Columns coded before the error is carried to the rest in one product."""
-_SAMPLES_PER_CENTROID = 128
+_SAMPLES_PER_CENTROID = 256
+_MOST_SAMPLES = 1 << 21
+"""Of books with many centroids, whose k-means would otherwise take longer than all the rest."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A coded layer: its tensors on the CPU, its weight on the device, its error ``tr(E H E^T) / tr(W H W^T)``."""
+    """A coded layer: its tensors on the CPU, its weight on the device, its error ``tr(E H E^T) / tr(W H W^T)``.
+
+    ``steps`` holds that error after each step, the walk and every round.
+    """
 
     spec: LayerSpec
     tensors: dict[str, Tensor]
     weight: Tensor
     error: float
+    steps: dict[str, float]
 
 
 def solve(weight: Tensor, moment: Tensor, layer: LayerRecipe, recipe: Recipe, dtype: torch.dtype) -> Solution:
     """Codes ``weight [out_features, in_features]``; ``dtype`` is what books and norms are stored in.
 
-    ``moment`` is ``H [in_features, in_features]``. The result depends on the arguments and the seed alone.
+    ``moment`` is ``H [in_features, in_features]``, or ``[G, in_features, in_features]`` with one for each group of
+    output rows, see :func:`row_groups`. The result depends on the arguments and the seed alone.
     """
     target = weight.float()
     if not bool(torch.isfinite(target).all()):
         raise QuantizeError("its weight holds NaN or infinite values")
-    damped, dead = damp(moment, recipe.damping)
+    moments = moment[None] if moment.ndim == 2 else moment
     spec = layer.spec(*target.shape)
-    tensors: dict[str, Tensor] = {}
-    normal = target.masked_fill(dead[None, :], 0.0)
-
-    if layer.norm:
-        # Rounded to what is stored, so that the error feedback sees and mends the rounding.
-        shift = normal.mean(0).to(dtype)
-        scale = (normal - shift.float()).square().mean(0).sqrt().to(dtype)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        tensors |= {"weight_scale": scale, "weight_bias": shift}
-        normal = (normal - shift.float()) / scale.float()
-        damped = damped * scale.float()[:, None] * scale.float()[None, :]
-    if layer.perm:
-        perm = damped.diagonal().argsort(descending=True, stable=True)
-        tensors["perm"] = perm.to(torch.int32).to(torch.int16)  # the low 16 bits, read as unsigned
-        normal, damped = normal[:, perm], damped[perm][:, perm]
-
-    # [R, columns, v]: vectors run along output rows. Rows beyond out_features are padding nobody reads.
-    rows = math.ceil(target.shape[0] / spec.vector_len)
-    padded = torch.nn.functional.pad(normal, (0, 0, 0, rows * spec.vector_len - target.shape[0]))
-    vectors = padded.view(rows, spec.vector_len, -1).transpose(1, 2).contiguous()
-
-    books = _train(vectors, damped.diagonal(), spec, recipe, dtype)
-    index, residual = _code_with_feedback(vectors, inverse_factor(damped), books, recipe.candidates)
-
-    merged = index if residual is None else index | residual << spec.index_bits
-    tensors["indices"] = pack_indices(merged, spec.total_bits)[None]
-    tensors["centroids.weight"] = books.main.to(dtype).reshape(1, -1)
-    if books.residual is not None:
-        tensors["res_centroids.weight"] = books.residual.to(dtype).reshape(1, -1)
+    state = _State(target, moments, spec, recipe, dtype)
+    steps = {}
+    if recipe.algorithm == "vptq":
+        state.code_as_vptq()
+    else:
+        state.segments = [replace(s, books=books) for s, books in zip(state.segments, state.train(), strict=True)]
+        state.walk()
+    steps["walk"] = state.error()
+    for i in range(recipe.rounds):
+        state.refine()
+        steps[f"round {i + 1}"] = state.error()
+    tensors = state.tensors()
     result = dequantize(tensors, spec)
     on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    missed = target - result
-    error = (missed @ moment * missed).sum() / (target @ moment * target).sum().clamp_min(1e-30)
-    return Solution(spec, on_cpu, result, float(error))
+    return Solution(spec, on_cpu, result, relative_error(target, result, moments, state.groups), steps)
 
 
-def _train(vectors: Tensor, importance: Tensor, spec: LayerSpec, recipe: Recipe, dtype: torch.dtype) -> Books:
-    points = vectors.flatten(0, 1)
-    weights = importance.repeat(vectors.shape[0])
-    generator = torch.Generator().manual_seed(recipe.seed)
-    most = _SAMPLES_PER_CENTROID * max(spec.num_centroids, spec.num_res_centroids)
-    if len(points) > most:
-        # The longest vectors are always there: a few weights far outside the rest decide over a model.
-        energy = points.square().sum(1) * weights
-        longest = energy.argsort(descending=True, stable=True)
-        others = longest[most // 8 :]
-        drawn = torch.randperm(len(others), generator=generator)[: most - most // 8].to(points.device)
-        chosen = torch.cat([longest[: most // 8], others[drawn]])
-        points, weights = points[chosen], weights[chosen]
-    books = train_books(
-        points,
-        weights / weights.mean(),
-        spec.num_centroids,
-        spec.num_res_centroids,
-        recipe.iterations,
-        recipe.candidates,
-        generator,
-    )
-    return Books(*(None if book is None else book.to(dtype).float() for book in (books.main, books.residual)))
+def row_groups(out_features: int, count: int, spec: LayerSpec) -> list[slice]:
+    """At most ``count`` groups of output rows, of about one size, that cut no vector of the spec in two."""
+    unit = math.lcm(spec.vector_len, spec.outlier_vector_len or 1)
+    size = math.ceil(out_features / count / unit) * unit
+    return [slice(start, min(start + size, out_features)) for start in range(0, out_features, size)]
 
 
-def _code_with_feedback(vectors: Tensor, factor: Tensor, books: Books, candidates: int) -> tuple[Tensor, Tensor | None]:
-    """Indices int64 ``[R, columns]`` of vectors ``[R, columns, v]``, columns coded from left to right."""
-    rows, columns, v = vectors.shape
-    # Columns outermost: the error of a block is carried on by one large matrix product.
-    left = vectors.transpose(0, 1).contiguous()
-    index = torch.empty(columns, rows, dtype=torch.int64, device=vectors.device)
-    residual = torch.empty_like(index) if books.residual is not None else None
-    code_block = _code_block_native if vectors.device.type == "cpu" else code_block_torch
-    for start in range(0, columns, _BLOCK):
-        end = min(start + _BLOCK, columns)
-        parts = index[start:end], None if residual is None else residual[start:end]
-        errors = code_block(left[start:end], factor[start:end, start:end], books, candidates, *parts)
-        left[end:].view(columns - end, rows * v).addmm_(
-            factor[start:end, end:].T, errors.view(end - start, rows * v), alpha=-1
+def stored_order(order: Tensor) -> Tensor:
+    """A permutation int64 ``[columns]`` of up to 65536 columns in 16 bits, which readers take as unsigned."""
+    return order.to(torch.int32).to(torch.int16)
+
+
+def relative_error(weight: Tensor, result: Tensor, moments: Tensor, groups: list[slice]) -> float:
+    """``tr(E H E^T) / tr(W H W^T)``, summed over row groups with moments ``[G, in_features, in_features]``."""
+    missed = total = torch.zeros((), device=weight.device)
+    for rows, moment in zip(groups, moments, strict=True):
+        error = weight[rows] - result[rows]
+        missed = missed + (error @ moment * error).sum()
+        total = total + (weight[rows] @ moment * weight[rows]).sum()
+    return float(missed / total.clamp_min(1e-30))
+
+
+class _State:
+    """A layer while it is being coded: its columns transposed and in coding order, its norm, books and indices."""
+
+    def __init__(self, target: Tensor, moments: Tensor, spec: LayerSpec, recipe: Recipe, dtype: torch.dtype) -> None:
+        self.spec, self.recipe, self.dtype = spec, recipe, dtype
+        out, columns = target.shape
+        self.groups = row_groups(out, len(moments), spec)
+        damped, dead = zip(*(damp(moment, recipe.damping) for moment in moments), strict=True)
+        silent = torch.stack(dead).all(0)
+        self.weight = target.masked_fill(silent[None, :], 0.0).T
+        self.scale = torch.ones(columns, device=target.device)
+        self.shift = torch.zeros(columns, device=target.device)
+        if spec.enable_norm:
+            shift = self.weight.mean(1)
+            self._set_norm((self.weight - shift[:, None]).square().mean(1).sqrt(), shift)
+        total = sum(m.diagonal() * (g.stop - g.start) for m, g in zip(damped, self.groups, strict=True))
+        # One pair of books needs no stored order: the order of coding is then nobody's business but ours.
+        self.order = torch.arange(columns, device=target.device)
+        self.reordered = spec.enable_perm or (spec.group_num == 1 and not spec.outlier_size)
+        if self.reordered:
+            importance = torch.as_tensor(total) * self.scale.square()
+            self.order = importance.argsort(descending=True, stable=True)
+        self.raw = [moment[self.order][:, self.order] for moment in damped]
+        self.weight = self.weight[self.order]
+        self.scale, self.shift = self.scale[self.order], self.shift[self.order]
+        self.segments = _segments(spec, target.device)
+        self.codes: list[list[Codes]] = []
+        self.slabs = self._slabs()
+
+    def _set_norm(self, scale: Tensor, shift: Tensor) -> None:
+        """Rounds the norm to what is stored, so that whoever codes after it sees and mends the rounding."""
+        scale = scale.to(self.dtype).float()
+        self.scale = torch.where(scale != 0, scale, torch.ones_like(scale))
+        self.shift = shift.to(self.dtype).float()
+
+    def _slabs(self) -> list[Slab]:
+        normal = (self.weight - self.shift[:, None]) / self.scale[:, None]
+        return [
+            Slab(normal[:, rows].contiguous(), moment * self.scale[:, None] * self.scale)
+            for rows, moment in zip(self.groups, self.raw, strict=True)
+        ]
+
+    def points(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        """All vectors ``[n, v]`` of a segment, and their weights ``[n]``: the diagonal of H."""
+        here = slice(segment.start, segment.end)
+        vectors = [as_vectors(slab.target[here], segment.v) for slab in self.slabs]
+        weights = [
+            slab.moment.diagonal()[here, None].expand(part.shape[:2])
+            for slab, part in zip(self.slabs, vectors, strict=True)
+        ]
+        return torch.cat([v.flatten(0, 1) for v in vectors]), torch.cat([w.flatten() for w in weights])
+
+    def train(self) -> list[Books]:
+        """Books for every segment by weighted k-means, rounded to what is stored."""
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        books = []
+        for segment in self.segments:
+            points, weights = self.points(segment)
+            k, r = len(segment.books.main), 0 if segment.books.residual is None else len(segment.books.residual)
+            points, weights = _sample(points, weights, min(_SAMPLES_PER_CENTROID * max(k, r), _MOST_SAMPLES), generator)
+            weights = weights / weights.mean().clamp_min(1e-30)
+            trained = train_books(points, weights, k, r, self.recipe.iterations, self.recipe.candidates, generator)
+            books.append(self._rounded(trained))
+        return books
+
+    def walk(self) -> None:
+        """Codes all columns with error feedback."""
+        self.codes = [walk(slab, self.segments, self.recipe.candidates) for slab in self.slabs]
+
+    def refine(self) -> None:
+        """One round: books, then the norm by least squares, then indices by coordinate descent."""
+        steps = self.recipe.fit_steps
+        fitted = fit_books(self.slabs, self.segments, self.codes, steps)
+        self.segments = [replace(s, books=self._rounded(s.books)) for s in fitted]
+        if self.spec.enable_norm:
+            factor, offset = fit_norm(self.slabs, self._decoded(), steps)
+            self._set_norm(self.scale * factor, self.shift + self.scale * offset)
+            self.slabs = self._slabs()
+        candidates = self.recipe.candidates
+        self.codes = [sweep(s, self.segments, c, candidates) for s, c in zip(self.slabs, self.codes, strict=True)]
+
+    def code_as_vptq(self) -> None:
+        """VPTQ's order of steps (https://arxiv.org/abs/2409.17066, algorithm 1 and its residual quantization).
+
+        A random start for k-means over all vectors; a first walk with the main book; a residual book trained on the
+        errors that walk made; a second walk over the columns from scratch, main and residual chosen greedily.
+        """
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        iterations = self.recipe.iterations
+        main_only = []
+        for segment in self.segments:
+            points, weights = self.points(segment)
+            book = kmeans(points, weights, len(segment.books.main), iterations, generator, "random")
+            main_only.append(replace(segment, books=self._rounded(Books(book, None))))
+        self.codes = [walk(slab, main_only, 1) for slab in self.slabs]
+        complete = []
+        for i, (segment, wanted) in enumerate(zip(main_only, self.segments, strict=True)):
+            if wanted.books.residual is None:
+                complete.append(segment)
+                continue
+            points, weights = self.points(segment)
+            coded = torch.cat([segment.books.decode(*codes[i]).flatten(0, 1) for codes in self.codes])
+            r = len(wanted.books.residual)
+            residual = kmeans(points - coded, weights, r, iterations, generator, "random")
+            complete.append(replace(segment, books=self._rounded(Books(segment.books.main, residual))))
+        self.segments = complete
+        if any(segment.books.residual is not None for segment in complete):
+            self.codes = [walk(slab, complete, 1) for slab in self.slabs]
+
+    def error(self) -> float:
+        """The relative error so far, by the damped moments."""
+        missed = total = 0.0
+        for slab, raw, rows, coded in zip(self.slabs, self.raw, self.groups, self._decoded(), strict=True):
+            error = slab.target - coded
+            missed += float((slab.moment @ error * error).sum())
+            weight = self.weight[:, rows]
+            total += float((raw @ weight * weight).sum())
+        return missed / max(total, 1e-30)
+
+    def _decoded(self) -> list[Tensor]:
+        pairs = zip(self.slabs, self.codes, strict=True)
+        return [decode(slab.target.shape[1], self.segments, codes) for slab, codes in pairs]
+
+    def _rounded(self, books: Books) -> Books:
+        main, residual = (None if b is None else b.to(self.dtype).float() for b in (books.main, books.residual))
+        assert main is not None
+        return Books(main, residual)
+
+    def _indices(self, segment: int) -> Codes:
+        """A segment's main and residual indices ``[R, columns]`` over all row groups."""
+        main, residual = zip(*(codes[segment] for codes in self.codes), strict=True)
+        parts = [part for part in residual if part is not None]
+        return torch.cat(main, 1).T, torch.cat(parts, 1).T if parts else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's tensors as the format wants them."""
+        spec, tensors = self.spec, {}
+        natural = self.order.argsort()
+        if spec.enable_norm:
+            tensors["weight_scale"] = self.scale[natural].to(self.dtype)
+            tensors["weight_bias"] = self.shift[natural].to(self.dtype)
+        if spec.enable_perm:
+            tensors["perm"] = stored_order(self.order)
+        whole = [self._indices(i) for i in range(len(self.segments))]
+        first = 1 if spec.outlier_size else 0
+        if spec.outlier_size:
+            tensors["outlier_indices"] = whole[0][0].to(torch.int32).to(torch.int16)[None]
+            tensors["outlier_centroids.weight"] = self.segments[0].books.main.to(self.dtype).reshape(1, -1)
+        packed = []
+        for index, residual in whole[first:]:
+            merged = index if residual is None else index | residual << spec.index_bits
+            if self.reordered and not spec.enable_perm:
+                merged = merged[:, natural]
+            packed.append(pack_indices(merged.contiguous(), spec.total_bits))
+        tensors["indices"] = torch.stack(packed)
+        books = [segment.books for segment in self.segments[first:]]
+        tensors["centroids.weight"] = torch.stack([b.main.flatten() for b in books]).to(self.dtype)
+        if spec.num_res_centroids:
+            stacked = torch.stack([b.residual.flatten() for b in books if b.residual is not None])
+            tensors["res_centroids.weight"] = stacked.to(self.dtype)
+        return tensors
+
+
+def _segments(spec: LayerSpec, device: torch.device) -> list[Segment]:
+    """A spec's segments with empty books: outliers first, then the groups."""
+
+    def book(k: int, v: int) -> Tensor:
+        return torch.zeros(k, v, device=device)
+
+    segments = []
+    if spec.outlier_size:
+        outlier = Books(book(spec.num_outlier_centroids, spec.outlier_vector_len), None)
+        segments.append(Segment(0, spec.outlier_size, outlier))
+    for g in range(spec.group_num):
+        start = spec.outlier_size + g * spec.group_size
+        residual = book(spec.num_res_centroids, spec.vector_len) if spec.num_res_centroids else None
+        segments.append(
+            Segment(start, start + spec.group_size, Books(book(spec.num_centroids, spec.vector_len), residual))
         )
-    return index.T.contiguous(), None if residual is None else residual.T.contiguous()
+    return segments
 
 
-def code_block_torch(
-    block: Tensor, factor: Tensor, books: Books, candidates: int, index: Tensor, residual: Tensor | None
-) -> Tensor:
-    """Codes a block ``[columns, R, v]`` in place of ``index`` and ``residual`` ``[columns, R]``.
+def _sample(points: Tensor, weights: Tensor, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At most ``most`` of the points, weighted for those left out.
 
-    ``factor`` is the block of the inverse factor. Returns the errors ``[columns, R, v]`` over their diagonal element.
+    The longest vectors are always there: a few weights far outside the rest decide over a model.
     """
-    block = block.clone()
-    errors = torch.empty_like(block)
-    for j in range(len(block)):
-        main, second = assign(block[j], books, candidates)
-        index[j] = main
-        if residual is not None and second is not None:
-            residual[j] = second
-        errors[j] = (block[j] - books.decode(main, second)) / factor[j, j]
-        block[j + 1 :] -= factor[j, j + 1 :, None, None] * errors[j]
-    return errors
-
-
-def _code_block_native(
-    block: Tensor, factor: Tensor, books: Books, candidates: int, index: Tensor, residual: Tensor | None
-) -> Tensor:
-    errors = torch.empty_like(block)
-    columns, rows, v = block.shape
-    candidates = min(candidates, len(books.main))
-    arguments = (block, columns, rows, v, factor, factor.stride(0), *native_books(books), candidates)
-    call_native("vptq_code_block", *arguments, index, residual, errors)
-    return errors
+    if len(points) <= most:
+        return points, weights
+    energy = points.square().sum(1) * weights
+    sure = most // 8
+    longest = energy.argsort(descending=True, stable=True)
+    others = longest[sure:]
+    drawn = others[torch.randperm(len(others), generator=generator)[: most - sure].to(points.device)]
+    chosen = torch.cat([longest[:sure], drawn])
+    stands_for = torch.ones(most, device=points.device)
+    stands_for[sure:] = len(others) / (most - sure)
+    return points[chosen], weights[chosen] * stands_for

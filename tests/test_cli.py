@@ -1,4 +1,4 @@
-"""The command line: three commands, their help, and one line for everything that is wrong."""
+"""The command line: six commands, their help, and one line for everything that is wrong."""
 
 from __future__ import annotations
 
@@ -44,13 +44,26 @@ def test_run_eval_and_dequantize(tied: Path, tmp_path: Path, call: Any) -> None:
     assert code == 0
     lines = [line for line in out.splitlines() if "x)" in line]
     assert len(lines) == 3 and "1.000x" in lines[0] and lines[1] == lines[2] != lines[0]
+    assert "KL" not in lines[0] and "KL" in lines[1]
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["run", "eval", "dequantize"]),
-        (["run"], ["--out", "--recipe", "--vector-length", "--residual-centroids", "--tokens", "--seed"]),
+        ([], ["plan", "run", "eval", "dequantize", "plot", "push"]),
+        (
+            ["run"],
+            [
+                "--out",
+                "--bits",
+                "--preset",
+                "--recipe",
+                "--vector-length",
+                "--residual-centroids",
+                "--tokens",
+                "--seed",
+            ],
+        ),
         (["eval"], ["--text", "--context", "--tokens"]),
         (["dequantize"], ["--out", "--dtype"]),
     ],
@@ -72,6 +85,11 @@ def test_mistakes_are_one_line(tied: Path, fine: Path, tmp_path: Path, call: Any
     for match, *words in [
         ("centroids", "run", tied, "--out", tmp_path / "1", "--centroids", 100),
         ("centroids", "run", tied, "--out", tmp_path / "1", "--recipe", tmp_path / "bad.yaml"),
+        ("preset", "run", tied, "--out", tmp_path / "1", "--preset", "quick"),
+        ("at least", "run", tied, "--out", tmp_path / "6", "--bits", 1.0001, "--preset", "paper"),
+        ("at least", "plan", tied, "--bits", 1.0001),
+        ("absent", "plan", tmp_path / "absent"),
+        ("no readable report", "plot", tied),
         ("device", "run", tied, "--out", tmp_path / "1", "--device", "tpu"),
         ("not empty", "run", tied, "--out", tied),
         ("absent", "run", tmp_path / "absent", "--out", tmp_path / "2"),

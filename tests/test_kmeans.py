@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantize import solver
-from quantize.kmeans import Books, _kmeans, _seed, assign, assign_torch, nearest, train_books
+from quantize import columns as column_steps
+from quantize.kmeans import Books, _seed, assign, assign_torch, kmeans, nearest, train_books
 from tests.strategies import few
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +152,7 @@ def test_native_block_equals_torch(seed: int, rows: int, columns: int, v: int, k
     whole.diagonal().copy_(0.5 + torch.rand(columns + 3, generator=generator(seed)))
     factor = whole[:columns, :columns]  # a slice: rows are further apart than they are long
     out = []
-    for function in (solver._code_block_native, solver.code_block_torch):
+    for function in (column_steps._code_block_native, column_steps.code_block_torch):
         before = block.clone()
         index = torch.full((columns, rows), -1)
         residual = torch.full((columns, rows), -1) if r else None
@@ -169,7 +169,7 @@ def test_native_block_equals_torch(seed: int, rows: int, columns: int, v: int, k
     torch.testing.assert_close(errors[:, rows_alike], errors_torch[:, rows_alike], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("function", [solver._code_block_native, solver.code_block_torch])
+@pytest.mark.parametrize("function", [column_steps._code_block_native, column_steps.code_block_torch])
 @pytest.mark.parametrize("r", [0, 8])
 def test_a_block_is_coded_column_by_column(function, r: int) -> None:
     """Against a loop written from the definition, in float64."""
@@ -224,7 +224,7 @@ def test_kmeans_is_never_worse_than_its_seeding(seed: int, n: int, v: int, k: in
     points = torch.randn(n, v, generator=generator(seed))
     weights = 0.01 + torch.rand(n, generator=generator(seed + 1)) ** 4
     seeded = _seed(points, weights, k, generator(seed))
-    book = _kmeans(points, weights, k, iterations, generator(seed))
+    book = kmeans(points, weights, k, iterations, generator(seed))
     assert book.shape == seeded.shape == (k, v)
     assert objective(points, weights, book) <= objective(points, weights, seeded) * (1 + 1e-4) + 1e-6
 
@@ -240,7 +240,7 @@ def test_seeds_are_different_points() -> None:
 def test_separated_clusters_are_found(seed: int) -> None:
     centres = 50 * torch.randn(16, 4, generator=generator(seed))
     points = (centres[:, None] + 0.1 * torch.randn(16, 40, 4, generator=generator(seed + 100))).flatten(0, 1)
-    book = _kmeans(points, torch.ones(len(points)), 32, 10, generator(seed))
+    book = kmeans(points, torch.ones(len(points)), 32, 10, generator(seed))
     assert (torch.cdist(centres, book).min(1).values < 0.5).all()
     assert objective(points, torch.ones(len(points)), book) < 0.05 * len(points)
 
@@ -284,7 +284,7 @@ def test_weights_matter() -> None:
     for heavy in (0, 1):
         weights = torch.full((2000,), 0.01)
         weights[heavy * 1000 : heavy * 1000 + 1000] = 1.0
-        book = _kmeans(points, weights, 32, 10, generator(4))
+        book = kmeans(points, weights, 32, 10, generator(4))
         errors.append(torch.cdist(points, book).square().min(1).values.view(2, 1000).mean(1))
     assert errors[0][0] < 0.7 * errors[1][0]
     assert errors[1][1] < 0.7 * errors[0][1]
@@ -292,7 +292,7 @@ def test_weights_matter() -> None:
 
 def test_centroids_are_weighted_means() -> None:
     points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [100.0, 0.0], [104.0, 0.0]])
-    book = _kmeans(points, torch.tensor([3.0, 1.0, 1.0, 1.0]), 2, 10, generator())
+    book = kmeans(points, torch.tensor([3.0, 1.0, 1.0, 1.0]), 2, 10, generator())
     expected = torch.tensor([[0.25, 0.0], [102.0, 0.0]])
     torch.testing.assert_close(book[book[:, 0].argsort()], expected)
 
@@ -316,8 +316,8 @@ def test_joint_training_is_not_worse_than_greedy(seed: int, candidates: int) -> 
     weights = torch.rand(2000, generator=generator(seed + 1))
     joint = train_books(points, weights, 32, 16, 8, candidates, generator(seed))
     gen = generator(seed)  # the same draws as above
-    main = _kmeans(points, weights, 32, 8, gen)
-    greedy = Books(main, _kmeans(points - main[nearest(points, main)], weights, 16, 8, gen))
+    main = kmeans(points, weights, 32, 8, gen)
+    greedy = Books(main, kmeans(points - main[nearest(points, main)], weights, 16, 8, gen))
     loss = [
         float(squared_errors(points, b, assign(points, b, c)) @ weights.double())
         for b, c in ((joint, candidates), (greedy, 1))

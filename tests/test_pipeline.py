@@ -17,8 +17,10 @@ from quantize import pipeline
 from quantize.errors import QuantizeError
 from quantize.evaluate import load_any, perplexity
 from quantize.export import read_config, write_dense
-from quantize.pipeline import Plan
+from quantize.hessian import SecondMoment
+from quantize.plan import Plan
 from quantize.recipe import Recipe, Rule
+from quantize.report import REPORT
 from tests.tiny import COARSE, FINE, TEXT, command, make_model, module_tensors, one_line, read, run, set_config
 from vllm_vptq.format import VPTQFormatError, dequantize, read_layer_specs, validate
 
@@ -47,7 +49,7 @@ def check_files(source: Path, out: Path, plan: Plan) -> dict[str, Tensor]:
         own = module_tensors(tensors, name)
         validate(name, own, spec)
         dense -= {f"{name}.{key}" for key in own if key != "bias"}
-        assert own["centroids.weight"].dtype == original[f"{name}.weight"].dtype
+        assert own["centroids.weight"].dtype == pipeline.book_dtype(original[f"{name}.weight"].dtype)
     assert dense == original.keys() - {f"{name}.weight" for name in plan.specs}
     assert all(torch.equal(tensors[name], original[name]) for name in dense)
     old = json.loads((source / "config.json").read_text())
@@ -64,35 +66,36 @@ def test_a_run_writes_a_whole_checkpoint(
     which: str, calibrated: bool, text_file: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     source = request.getfixturevalue(which)
-    recipe = COARSE.model_copy(update={"calibration": str(text_file) if calibrated else None})
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),) if calibrated else ()})
     plan = run(source, tmp_path / "out", recipe)
     tensors = check_files(source, tmp_path / "out", plan)
     assert len(plan.specs) == 14 and plan.weights == sum(s.shape[0] * s.shape[1] for s in plan.specs.values())
     assert ("lm_head.weight" in tensors) == (which == "untied")
     assert ("model.layers.0.self_attn.q_proj.bias" in tensors) == (which == "tied")
     assert Recipe.load(tmp_path / "out" / "vptq_recipe.json") == recipe
+    assert not (tmp_path / "out" / "parts").exists()
 
 
 def test_rules_reach_the_files(untied: Path, tmp_path: Path) -> None:
     rules = (
         Rule(match="*.down_proj", vector_length=4, norm=False),
-        Rule(match="*.q_proj", residual_centroids=8, perm=False),
+        Rule(match="*.q_proj", residual_centroids=8, perm=True),
         Rule(match="model.layers.0.*", skip=True),
     )
     plan = run(untied, tmp_path / "out", COARSE.model_copy(update={"rules": rules}))
     check_files(untied, tmp_path / "out", plan)  # with layer 0 dense, bit for bit
     assert len(plan.specs) == 7 and all(name.startswith("model.layers.1.") for name in plan.specs)
     down, q = plan.specs["model.layers.1.mlp.down_proj"], plan.specs["model.layers.1.self_attn.q_proj"]
-    assert (down.vector_len, down.enable_norm, q.num_res_centroids, q.enable_perm) == (4, False, 8, False)
+    assert (down.vector_len, down.enable_norm, q.num_res_centroids, q.enable_perm) == (4, False, 8, True)
 
 
 @pytest.mark.parametrize("calibrated", [True, False], ids=["text file", "self-written"])
 def test_two_runs_write_the_same_bits(tied: Path, text_file: Path, tmp_path: Path, calibrated: bool) -> None:
-    recipe = COARSE.model_copy(update={"calibration": str(text_file) if calibrated else None})
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),) if calibrated else ()})
     for i, noise in enumerate((1, 2)):
         torch.manual_seed(noise)
         run(tied, tmp_path / str(i), recipe)
-    one, two = ({f.name: f.read_bytes() for f in (tmp_path / d).iterdir()} for d in "01")
+    one, two = ({f.name: f.read_bytes() for f in (tmp_path / d).iterdir() if f.name != REPORT} for d in "01")
     assert one.keys() == two.keys() and all(one[name] == two[name] for name in one)
     if not calibrated:
         run(tied, tmp_path / "other", recipe.model_copy(update={"seed": 5}))
@@ -130,7 +133,7 @@ def test_a_checkpoint_equals_its_dense_twin(tied: Path, fine: Path, tmp_path: Pa
 
 
 def test_the_moments_are_those_of_the_text(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Of block 0 on the original's inputs, of block 1 on those that the coded block 0 gives."""
+    """Of the first layer on the original's inputs, of others on those that the coded layers before it give."""
     seen: list[Tensor] = []
     original = pipeline.solve
 
@@ -139,12 +142,12 @@ def test_the_moments_are_those_of_the_text(tied: Path, text_file: Path, tmp_path
         return original(weight, moment, *more)
 
     monkeypatch.setattr(pipeline, "solve", spy)
-    recipe = COARSE.model_copy(update={"calibration": str(text_file)})
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),)})
     names = list(run(tied, tmp_path / "out", recipe).specs)
     dense, tokenizer = load_any(str(tied), CPU)
     coded, _ = load_any(str(tmp_path / "out"), CPU)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids[0, :2048].view(32, 64)
-    for model, name in [(dense, "0.self_attn.k_proj"), (dense, "0.mlp.down_proj"), (coded, "1.self_attn.v_proj")]:
+    for model, name in [(dense, "0.self_attn.k_proj"), (coded, "0.mlp.down_proj"), (coded, "1.self_attn.v_proj")]:
         inputs: list[Tensor] = []
         linear = model.get_submodule(f"model.layers.{name}")
         linear.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
@@ -160,10 +163,10 @@ def test_every_calibration_token_is_used(
     tied: Path, text_file: Path, tmp_path: Path, tokens: int, context: int
 ) -> None:
     counted = []
-    update = {"tokens": tokens, "context": context, "calibration": str(text_file)}
+    update = {"tokens": tokens, "context": context, "calibration": (str(text_file),)}
     with pytest.MonkeyPatch.context() as patch:
-        mean = pipeline.SecondMoment.mean
-        patch.setattr(pipeline.SecondMoment, "mean", lambda self: counted.append(self.tokens) or mean(self))
+        mean = SecondMoment.mean
+        patch.setattr(SecondMoment, "mean", lambda self: counted.append(self.tokens) or mean(self))
         run(tied, tmp_path / "out", COARSE.model_copy(update=update))
     assert min(counted) >= tokens
 
@@ -194,10 +197,12 @@ def test_recipes_that_do_not_fit_the_model(tied: Path, text_file: Path, tmp_path
 
     refused(tied, tmp_path / "a", change(rules=(Rule(match="*", skip=True),)), match="skips every")
     refused(tied, tmp_path / "b", change(centroids=65536), match=r"model\.layers.*dense")
-    refused(tied, tmp_path / "c", change(calibration=str(text_file), tokens=30000), match=r"30016 are needed.*--tokens")
+    refused(
+        tied, tmp_path / "c", change(calibration=(str(text_file),), tokens=30000), match=r"30016 are needed.*--tokens"
+    )
     (tmp_path / "empty.txt").write_text("")
-    refused(tied, tmp_path / "d", change(calibration=str(tmp_path / "empty.txt")), match="has 0 tokens")
-    refused(tied, tmp_path / "e", change(calibration=str(tmp_path / "absent.txt")), match=r"absent\.txt")
+    refused(tied, tmp_path / "d", change(calibration=(str(tmp_path / "empty.txt"),)), match="has 0 tokens")
+    refused(tied, tmp_path / "e", change(calibration=(str(tmp_path / "absent.txt"),)), match=r"absent\.txt")
     if not torch.cuda.is_available():
         refused(tied, tmp_path / "f", change(device="cuda"), match="cuda")
 

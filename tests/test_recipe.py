@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from quantize import cli
 from quantize.errors import QuantizeError
-from quantize.recipe import LayerRecipe, Recipe, Rule
+from quantize.recipe import PRESETS, BlockTuning, Finetuning, LayerRecipe, Recipe, Rule
 from tests.strategies import few
 from vllm_vptq.format import LayerSpec, VPTQFormatError
 
@@ -46,12 +46,12 @@ def rules(*entries: dict[str, Any]) -> Recipe:
 def test_defaults() -> None:
     recipe = Recipe.load(None)
     assert recipe == Recipe()
-    assert recipe.norm and recipe.perm and not recipe.rules and recipe.calibration is None
+    assert recipe.norm and not recipe.perm and not recipe.rules and not recipe.calibration
 
 
 def test_the_help_of_the_command_line_names_the_defaults() -> None:
     for field, option in inspect.signature(cli.run).parameters.items():
-        if field in Recipe.model_fields and field != "calibration":
+        if field in Recipe.model_fields and field not in ("calibration", "bits"):
             (info,) = get_type_hints(cli.run, include_extras=True)[field].__metadata__
             assert option.default is None and f"[{Recipe.model_fields[field].default}]" in info.help, field
 
@@ -73,9 +73,24 @@ EVERYTHING = {
     "centroids": 4096,
     "residual_centroids": 0,
     "norm": False,
-    "perm": False,
+    "perm": True,
+    "groups": 4,
+    "outliers": 16,
+    "outlier_vector_length": 4,
+    "outlier_centroids": 64,
+    "bits": 2.5,
+    "largest_book": 512,
+    "residual_books": False,
+    "allocation": "uniform",
+    "activations": "original",
+    "guided": 4,
+    "algorithm": "vptq",
+    "rounds": 0,
+    "fit_steps": 3,
+    "finetune_blocks": {"steps": 4, "rate": 0.25},
+    "finetune": {"steps": 5, "rate": 0.5, "tokens": 64},
     "rules": [{"match": "a.*", "skip": True}, {"match": "b", "norm": True, "vector_length": 16}],
-    "calibration": "text.txt",
+    "calibration": ["text.txt", "name:config@0.5"],
     "tokens": 2048,
     "context": 64,
     "damping": 0.5,
@@ -90,8 +105,11 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     assert set(EVERYTHING) == set(Recipe.model_fields)
     recipe = load(tmp_path, EVERYTHING)
     for key, value in EVERYTHING.items():
-        if key != "rules":
-            assert getattr(recipe, key) == value, key
+        if key not in ("rules", "finetune", "finetune_blocks"):
+            found = getattr(recipe, key)
+            assert (list(found) if isinstance(found, tuple) else found) == value, key
+    assert recipe.finetune_blocks == BlockTuning(steps=4, rate=0.25)
+    assert recipe.finetune == Finetuning(steps=5, rate=0.5, tokens=64)
     assert recipe.rules == (Rule(match="a.*", skip=True), Rule(match="b", norm=True, vector_length=16))
 
 
@@ -103,8 +121,21 @@ def test_a_recipe_survives_being_written(tmp_path: Path) -> None:
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
     recipe = load(tmp_path, EVERYTHING, vector_length=2, seed=0, calibration="other", centroids=None, device=None)
-    assert (recipe.vector_length, recipe.seed, recipe.calibration) == (2, 0, "other")
+    assert (recipe.vector_length, recipe.seed, recipe.calibration) == (2, 0, ("other",))
     assert (recipe.centroids, recipe.device) == (4096, "cpu")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_file_wins_over_a_preset_and_an_option_over_both(tmp_path: Path, preset: str) -> None:
+    assert load(tmp_path, {}, preset=preset) == Recipe(**PRESETS[preset])
+    assert load(tmp_path, {"rounds": 77, "seed": 5}, preset=preset, seed=6) == Recipe(
+        **PRESETS[preset] | {"rounds": 77, "seed": 6}
+    )
+
+
+def test_presets_that_do_not_exist_are_refused_with_those_that_do() -> None:
+    with pytest.raises(QuantizeError, match=r"preset quick, expected one of fast, balanced, best, paper, gptvq-like"):
+        Recipe.load(None, preset="quick")
 
 
 def test_an_option_of_zero_wins() -> None:
@@ -199,7 +230,25 @@ BAD = [
     ("rules", "all"),
     ("rules", {"match": "*"}),
     ("calibration", 5),
-    ("calibration", ["a.txt"]),
+    ("calibration", [5]),
+    ("calibration", ["a.txt@heavy"]),
+    ("calibration", "a.txt@-1"),
+    ("groups", 0),
+    ("outliers", -1),
+    ("outlier_centroids", 3),
+    ("outlier_vector_length", 1),
+    ("bits", 0.5),
+    ("bits", 9),
+    ("bits", "two"),
+    ("allocation", "fair"),
+    ("activations", "none"),
+    ("guided", -1),
+    ("algorithm", "awq"),
+    ("rounds", -1),
+    ("fit_steps", 0),
+    ("finetune", {"steps": -1}),
+    ("finetune", {"speed": 1}),
+    ("finetune_blocks", {"tokens": 64}),
     ("tokens", 0),
     ("tokens", 1023),
     ("context", 31),

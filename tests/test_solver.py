@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,15 @@ from quantize import solver
 from quantize.errors import QuantizeError
 from quantize.hessian import SecondMoment, damp, inverse_factor
 from quantize.kmeans import nearest
-from quantize.recipe import LayerRecipe, Recipe
-from quantize.solver import Solution, solve
+from quantize.recipe import PRESETS, LayerRecipe, Recipe
+from quantize.solver import Solution, row_groups, solve
 from tests.strategies import few
 from vllm_vptq.format import as_index, dequantize, validate
 
 ROOT = Path(__file__).parents[1]
 
 
-def layer(v: int = 4, k: int = 16, r: int = 8, **more: bool) -> LayerRecipe:
+def layer(v: int = 4, k: int = 16, r: int = 8, **more: Any) -> LayerRecipe:
     return LayerRecipe(vector_length=v, centroids=k, residual_centroids=r, **more)
 
 
@@ -97,7 +98,7 @@ def test_solutions_are_what_they_say(
     assert ("res_centroids.weight" in solution.tensors) == bool(r)
 
 
-@pytest.mark.parametrize("spec", [layer(), layer(r=0), PLAIN, layer(norm=False), layer(perm=False)], ids=str)
+@pytest.mark.parametrize("spec", [layer(), layer(r=0), PLAIN, layer(norm=False), layer(perm=True)], ids=str)
 def test_the_same_arguments_give_the_same_bits(spec: LayerRecipe) -> None:
     weight, moment = random_weight(30, 150), correlated_moment(150)
     one, two = (solve(weight.clone(), moment.clone(), spec, RECIPE, torch.bfloat16) for _ in range(2))
@@ -169,7 +170,7 @@ def test_every_part_helps() -> None:
 
 def test_perm_puts_the_important_columns_first() -> None:
     weight, diagonal = random_weight(16, 300), 1.0 + torch.arange(300).roll(77)
-    solution = solve(weight, torch.diag(diagonal), layer(norm=False), RECIPE, torch.float32)
+    solution = solve(weight, torch.diag(diagonal), layer(norm=False, perm=True), RECIPE, torch.float32)
     assert torch.equal(as_index(solution.tensors["perm"]), diagonal.argsort(descending=True))
 
 
@@ -181,11 +182,100 @@ def test_rows_that_do_not_fill_a_vector() -> None:
     assert solution.error < 0.1
 
 
+@few(30)
+@given(
+    out=st.sampled_from([12, 29, 64]),
+    v=st.sampled_from([2, 3, 4]),
+    r=st.sampled_from([0, 8]),
+    groups=st.sampled_from([1, 4]),
+    outliers=st.sampled_from([0, 4]),
+    v0=st.sampled_from([2, 5]),
+    perm=st.booleans(),
+    moments=st.sampled_from([1, 3]),
+    algorithm=st.sampled_from(["joint", "vptq"]),
+)
+def test_groups_outliers_and_row_groups(
+    out: int, v: int, r: int, groups: int, outliers: int, v0: int, perm: bool, moments: int, algorithm: str
+) -> None:
+    weight = random_weight(out, 132)
+    made = LayerRecipe(
+        vector_length=v,
+        centroids=16,
+        residual_centroids=r,
+        groups=groups,
+        outliers=outliers,
+        outlier_vector_length=v0,
+        outlier_centroids=32,
+        perm=perm,
+    )
+    spec = made.spec(out, 132)
+    parts = row_groups(out, moments, spec)
+    stacked = torch.stack([correlated_moment(132, seed) for seed in range(len(parts))])
+    recipe = Recipe(iterations=3, rounds=1, algorithm=algorithm)
+    solution = solve(weight, stacked, made, recipe, torch.float32)
+    validate("layer", solution.tensors, solution.spec)
+    assert torch.equal(dequantize(solution.tensors, solution.spec), solution.weight)
+    missed = [(weight[rows] - solution.weight[rows]).double() for rows in parts]
+    loss = sum(torch.trace(e @ h.double() @ e.T) for e, h in zip(missed, stacked, strict=True))
+    whole = sum(
+        torch.trace(weight[rows].double() @ h.double() @ weight[rows].double().T)
+        for rows, h in zip(parts, stacked, strict=True)
+    )
+    assert solution.error == pytest.approx(float(loss / whole), rel=2e-3)
+    assert solution.error < 0.8
+
+
+@few(100)
+@given(out=st.integers(1, 500), count=st.integers(1, 9), v=st.integers(2, 16), v0=st.integers(2, 16))
+def test_row_groups_cut_no_vector(out: int, count: int, v: int, v0: int) -> None:
+    spec = LayerRecipe(vector_length=v, outliers=1, outlier_vector_length=v0).spec(out, 10)
+    parts = row_groups(out, count, spec)
+    assert 1 <= len(parts) <= count and parts[0].start == 0 and parts[-1].stop == out
+    assert all(a.stop == b.start and b.start % v == b.start % v0 == 0 for a, b in pairwise(parts))
+
+
+def test_row_groups_with_one_moment_are_no_groups() -> None:
+    weight, moment = random_weight(32, 100), correlated_moment(100)
+    one = solve(weight, moment, layer(), RECIPE, torch.float32)
+    two = solve(weight, torch.stack([moment, moment]), layer(), RECIPE, torch.float32)
+    assert two.error == pytest.approx(one.error, rel=0.25)
+
+
+def test_each_row_group_follows_its_own_moment() -> None:
+    weight = random_weight(64, 100)
+    own = torch.stack([correlated_moment(100, 1), correlated_moment(100, 2)])
+    halves = [weight[:32], weight[32:]]
+
+    def loss(result: Tensor) -> float:
+        pairs = zip(halves, (result[:32], result[32:]), own, strict=True)
+        return sum(float(torch.trace((w - q) @ h @ (w - q).T)) for w, q, h in pairs)
+
+    guided = solve(weight, own, layer(), RECIPE, torch.float32)
+    plain = solve(weight, own.mean(0), layer(), RECIPE, torch.float32)
+    assert loss(guided.weight) < 0.9 * loss(plain.weight)
+
+
+@pytest.mark.parametrize("r", [0, 16])
+def test_our_order_of_steps_beats_vptq_s(r: int) -> None:
+    weight, moment, spec = random_weight(128, 200), correlated_moment(200), layer(4, 32, r)
+    ours = solve(weight, moment, spec, Recipe(), torch.float16)
+    theirs = solve(weight, moment, spec, Recipe(**PRESETS["paper"]), torch.float16)
+    assert ours.error < 0.9 * theirs.error
+    assert list(theirs.steps) == ["walk"]
+
+
+def test_every_round_helps() -> None:
+    weight, moment = random_weight(128, 200), correlated_moment(200)
+    steps = list(solve(weight, moment, layer(), Recipe(rounds=5), torch.float32).steps.values())
+    assert len(steps) == 6 and all(after < before for before, after in pairwise(steps))
+    assert steps[-1] < 0.9 * steps[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Degenerate layers
 
 
-@pytest.mark.parametrize("spec", [layer(), layer(norm=False), layer(perm=False), PLAIN], ids=str)
+@pytest.mark.parametrize("spec", [layer(), layer(norm=False), layer(perm=True), PLAIN], ids=str)
 def test_dead_columns(spec: LayerRecipe) -> None:
     """Inputs that never fire: whatever their weights, the rest is coded as if they were not there."""
     weight, moment = random_weight(64, 128), correlated_moment(128)
@@ -255,34 +345,11 @@ def test_storage_dtype_costs_little(dtype: torch.dtype) -> None:
     assert rounded.error < 1.2 * exact.error
 
 
-class DiagonalMoment:
-    """A second moment with nothing but a diagonal, as far as solve reads one: a real one would take 6 GiB."""
-
-    def __init__(self, diagonal: Tensor) -> None:
-        self._diagonal = diagonal
-
-    def diagonal(self) -> Tensor:
-        return self._diagonal
-
-    def __getitem__(self, where: Tensor | tuple) -> DiagonalMoment:
-        return self if isinstance(where, tuple) else DiagonalMoment(self._diagonal[where])
-
-    def __rmatmul__(self, x: Tensor) -> Tensor:
-        return x * self._diagonal
-
-
 @pytest.mark.parametrize("columns", [32769, 40000, 65536])
-def test_perm_of_more_than_32768_columns_survives_16_bits(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    diagonal = 1.0 + torch.randperm(columns, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(solver, "damp", lambda moment, _: (moment, torch.zeros(columns, dtype=torch.bool)))
-    monkeypatch.setattr(solver, "inverse_factor", lambda moment: moment)
-    nothing = lambda vectors, *_: (torch.zeros(vectors.shape[:2], dtype=torch.int64), None)  # noqa: E731
-    monkeypatch.setattr(solver, "_code_with_feedback", nothing)
-    moment: Any = DiagonalMoment(diagonal)
-    solution = solve(random_weight(2, columns), moment, layer(2, 2, 0, norm=False), RECIPE, torch.float32)
-    validate("layer", solution.tensors, solution.spec)
-    assert solution.tensors["perm"].dtype == torch.int16
-    assert torch.equal(as_index(solution.tensors["perm"]), diagonal.argsort(descending=True))
+def test_an_order_of_more_than_32768_columns_survives_16_bits(columns: int) -> None:
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+    stored = solver.stored_order(order)
+    assert stored.dtype == torch.int16 and torch.equal(as_index(stored), order)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -370,7 +437,7 @@ def test_a_weight_that_is_not_finite_is_refused(bad: str, norm: bool) -> None:
     script = f"""
 import torch
 from quantize.errors import QuantizeError
-from quantize.recipe import LayerRecipe, Recipe
+from quantize.recipe import PRESETS, LayerRecipe, Recipe
 from quantize.solver import solve
 weight = torch.randn(16, 32)
 weight[3, 7] = float("{bad}")

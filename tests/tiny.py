@@ -19,13 +19,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quantize.evaluate import evaluation_text
-from quantize.pipeline import Plan, quantize_model
+from quantize.pipeline import quantize_model
+from quantize.plan import Plan
 from quantize.recipe import Recipe
 from quantize.report import Report
 
 ROOT = Path(__file__).parents[1]
 # As many bits as a layer this small may have: books of 4096 would be larger than the layer itself.
-FINE = Recipe(vector_length=2, centroids=256, residual_centroids=256, tokens=2048, context=64, iterations=4)
+FINE = Recipe(vector_length=2, centroids=256, residual_centroids=256, perm=True, tokens=2048, context=64, iterations=4)
 COARSE = FINE.model_copy(update={"vector_length": 8, "centroids": 16, "residual_centroids": 0})
 TEXT = evaluation_text(None)[:20000]
 

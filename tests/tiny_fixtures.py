@@ -41,7 +41,7 @@ def fine(tied: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) 
     from tests.tiny import FINE, run
 
     out = tmp_path_factory.mktemp("fine") / "vptq"
-    run(tied, out, FINE.model_copy(update={"calibration": str(text_file)}))
+    run(tied, out, FINE.model_copy(update={"calibration": (str(text_file),)}))
     return out
 
 

@@ -126,6 +126,14 @@ void assign(const float* points, int64_t n, const Books& books, int candidates, 
   }
 }
 
+template <int V>
+void decode(const Books& books, Choice choice, float* out) {
+  for (int d = 0; d < V; ++d) {
+    out[d] = books.main[choice.main * V + d];
+    if (books.residual) out[d] += books.residual[choice.residual * V + d];
+  }
+}
+
 // Vector rows are independent of each other: a thread takes a row through all columns of the block.
 template <int V>
 void code_block(const float* left, int columns, int64_t rows, const float* factor, int64_t factor_stride, const Books& books,
@@ -143,15 +151,50 @@ void code_block(const float* left, int columns, int64_t rows, const float* facto
         index[j * rows + r] = chosen.main;
         if (residual) residual[j * rows + r] = chosen.residual;
         const float* u = factor + j * factor_stride;
-        float error[V];
+        float coded[V], error[V];
+        decode<V>(books, chosen, coded);
         for (int d = 0; d < V; ++d) {
-          float coded = books.main[chosen.main * V + d];
-          if (residual) coded += books.residual[chosen.residual * V + d];
-          error[d] = (x[d] - coded) / u[j];
+          error[d] = (x[d] - coded[d]) / u[j];
           errors[(j * rows + r) * V + d] = error[d];
         }
         for (int i = j + 1; i < columns; ++i)
           for (int d = 0; d < V; ++d) row[i * V + d] -= u[i] * error[d];
+      }
+    }
+  }
+}
+
+// One pass of coordinate descent: a column moves to what is nearest to its aim while the others stay, if that is nearer
+// than where it is, and the aims of the columns after it follow.
+template <int V>
+void sweep_block(const float* aim, int columns, int64_t rows, const float* pull, int64_t pull_stride, const Books& books,
+                 int candidates, int64_t* index, int64_t* residual, float* moves) {
+#pragma omp parallel
+  {
+    Scratch scratch(books.main_book, books.residual_book);
+    std::vector<float> row(static_cast<size_t>(columns) * V);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int j = 0; j < columns; ++j) std::copy_n(aim + (j * rows + r) * V, V, row.data() + j * V);
+      for (int j = 0; j < columns; ++j) {
+        const float* x = row.data() + j * V;
+        float* move = moves + (j * rows + r) * V;
+        const int64_t at = j * rows + r;
+        const Choice old{static_cast<int>(index[at]), residual ? static_cast<int>(residual[at]) : -1};
+        const Choice chosen = choose<V>(books, x, candidates, scratch);
+        float before[V], after[V], gain = 0;
+        decode<V>(books, old, before);
+        decode<V>(books, chosen, after);
+        for (int d = 0; d < V; ++d)
+          gain += (x[d] - before[d]) * (x[d] - before[d]) - (x[d] - after[d]) * (x[d] - after[d]);
+        const bool moved = gain > 0;
+        for (int d = 0; d < V; ++d) move[d] = moved ? after[d] - before[d] : 0.0f;
+        if (!moved) continue;
+        index[at] = chosen.main;
+        if (residual) residual[at] = chosen.residual;
+        const float* p = pull + j * pull_stride;
+        for (int i = j + 1; i < columns; ++i)
+          for (int d = 0; d < V; ++d) row[i * V + d] -= p[i] * move[d];
       }
     }
   }
@@ -163,7 +206,7 @@ void code_block(const float* left, int columns, int64_t rows, const float* facto
   CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) \
   CASE(15) CASE(16)
 
-// Both return 0, or 1 for a vector length the format does not have. main [k, v]; residual [r, v] or null, and with it
+// All return 0, or 1 for a vector length the format does not have. main [k, v]; residual [r, v] or null, and with it
 // residual_index; candidates <= k.
 
 // points [n, v]; writes index [n].
@@ -193,6 +236,24 @@ extern "C" int vptq_code_block(const float* left, int64_t columns, int64_t rows,
 #define CASE(V) \
   case V:       \
     code_block<V>(left, columns, rows, factor, factor_stride, books, candidates, index, residual_index, errors); \
+    return 0;
+    FOR_EACH_VECTOR_LENGTH(CASE)
+#undef CASE
+  }
+  return 1;
+}
+
+// A block of columns [columns, rows, v], each moved in turn to the choice nearest to its aim, given all others. pull
+// [columns, columns], rows pull_stride apart: how far a column's move shifts another's aim. Reads and writes index and
+// residual_index [columns, rows]; writes the moves [columns, rows, v] for the caller to carry to other blocks.
+extern "C" int vptq_sweep_block(const float* aim, int64_t columns, int64_t rows, int64_t v, const float* pull,
+                                int64_t pull_stride, const float* main, int64_t k, const float* residual, int64_t r,
+                                int64_t candidates, int64_t* index, int64_t* residual_index, float* moves) {
+  const Books books(main, k, residual, r, v);
+  switch (v) {
+#define CASE(V) \
+  case V:       \
+    sweep_block<V>(aim, columns, rows, pull, pull_stride, books, candidates, index, residual_index, moves); \
     return 0;
     FOR_EACH_VECTOR_LENGTH(CASE)
 #undef CASE

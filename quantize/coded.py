@@ -1,0 +1,65 @@
+"""A coded linear as a torch module whose books and norm can be trained; its indices stay as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vllm_vptq.format import LayerSpec, column_blocks
+
+
+class CodedLinear(nn.Module):
+    """``y = x W^T + b`` with W decoded from float32 parameters on every call, in the dtype of x.
+
+    Parameters carry the names of the format (``centroids``, ``res_centroids``, ``outlier_centroids``, ``weight_scale``,
+    ``weight_bias``) and its shapes; :meth:`tensors` gives them back in the dtype of the books on disk.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], spec: LayerSpec, bias: Tensor | None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.bias = bias
+        self._stored = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
+        for name in self._stored:
+            self.register_parameter(name.removesuffix(".weight"), nn.Parameter(tensors[name].float()))
+        self._indices: list[tuple[Tensor, Tensor | None]] = []
+        columns = []
+        for block in column_blocks(tensors, spec):
+            index, residual = block.read(0, block.vector_rows)
+            self._indices.append((index.int(), None if residual is None else residual.int()))
+            columns.append(block.columns)
+        order = torch.cat(columns).argsort()
+        in_order = bool((order == torch.arange(len(order), device=order.device)).all())
+        self._order = None if in_order else order
+
+    def weight(self) -> Tensor:
+        """W float32 ``[out_features, in_features]``, differentiable in the parameters."""
+        spec, parts = self.spec, []
+        for i, (index, residual) in enumerate(self._indices):
+            outlier = bool(spec.outlier_size) and i == 0
+            group = i - (1 if spec.outlier_size else 0)
+            v = spec.outlier_vector_len if outlier else spec.vector_len
+            book = self.outlier_centroids[0] if outlier else self.centroids[group]
+            part = nn.functional.embedding(index, book.view(-1, v))
+            if residual is not None:
+                part = part + nn.functional.embedding(residual, self.res_centroids[group].view(-1, v))
+            parts.append(part.transpose(1, 2).flatten(0, 1)[: spec.shape[0]])
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if self._order is not None:
+            weight = weight[:, self._order]
+        if not spec.enable_norm:
+            return weight
+        if spec.norm_dim == 1:
+            return weight * self.weight_scale[:, None] + self.weight_bias[:, None]
+        return weight * self.weight_scale + self.weight_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight().to(x.dtype), bias)
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained tensors by the format's names, in the dtypes they are stored in."""
+        named = dict(self.named_parameters())
+        return {name: named[name.removesuffix(".weight")].to(dtype) for name, dtype in self._stored.items()}

@@ -1,0 +1,102 @@
+"""What a run would take, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from quantize.allocate import allocate
+from quantize.kmeans import Books, assign
+from quantize.model import decoder_blocks
+from quantize.plan import Plan, make_plan
+from quantize.recipe import Recipe
+from vllm_vptq.format import LayerSpec, effective_bits
+
+_STAGES = 4
+"""Forward passes a block takes for its moments, about: q with k and v, o, gate with up, down; and one to go on."""
+
+
+def planned(model: nn.Module, recipe: Recipe) -> Plan:
+    """The plan of a run; where sensitivities would be measured, every weight counts alike."""
+    blocks = decoder_blocks(model)
+    plan = make_plan(blocks, recipe)
+    if recipe.bits is None:
+        return plan
+    even = {name: dict.fromkeys((True, False), float(math.prod(shape))) for name, shape in plan.shapes.items()}
+    return make_plan(blocks, recipe, allocate(plan.layers, plan.shapes, even, recipe))
+
+
+def table(plan: Plan) -> Table:
+    """The plan's layers, those that are alike in one row."""
+    kinds = Counter((name.rpartition(".")[2], spec) for name, spec in plan.specs.items())
+    made = Table("layer", "shape", "books", "norm", "bits", "MiB", box=None)
+    for (leaf, spec), count in kinds.items():
+        bits = effective_bits(spec)
+        made.add_row(
+            f"{leaf} x{count}",
+            "x".join(map(str, spec.shape)),
+            f"v{spec.vector_len}-k{spec.num_centroids}-{spec.num_res_centroids}",
+            "yes" if spec.enable_norm else "no",
+            f"{bits:.3f}",
+            f"{count * bits * math.prod(spec.shape) / 8 / 2**20:.2f}",
+        )
+    return made
+
+
+def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
+    """Minutes and GiB a run would take on this machine, from its measured speed at the two things that take long.
+
+    Reading the model, text the model writes itself and fine-tuning's memory traffic are not counted: a rough figure.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
+    searched = sum(_searched(spec, recipe) for spec in plan.specs.values())
+    multiplied = sum(_multiplied(spec, recipe) for spec in plan.specs.values())
+    parameters = sum(p.numel() for p in model.parameters())
+    multiplied += 2 * recipe.tokens * plan.weights * (_STAGES + 1)
+    multiplied += 8 * recipe.finetune.steps * recipe.finetune.tokens * parameters
+    seconds = searched / _search_rate(device) + multiplied / _product_rate(device)
+    columns = max(spec.shape[1] for spec in plan.specs.values())
+    largest = max(math.prod(spec.shape) for spec in plan.specs.values())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory = weights + 4 * (5 * columns**2 + 6 * largest)
+    if recipe.finetune.steps:
+        memory += weights + 12 * plan.weights
+    return f"about {seconds / 60:.0f} min and {memory / 2**30:.1f} GiB on this machine ({device.type})"
+
+
+def _searched(spec: LayerSpec, recipe: Recipe) -> float:
+    """Products with centroids: every vector against its books, in the walk and in every round."""
+    centroids = spec.num_centroids + recipe.candidates * spec.num_res_centroids
+    return 2.0 * math.prod(spec.shape) * centroids * (2 + recipe.rounds)
+
+
+def _multiplied(spec: LayerSpec, recipe: Recipe) -> float:
+    out, columns = spec.shape
+    passes = 2 + recipe.rounds * (2 + recipe.fit_steps * (2 if spec.enable_norm else 1))
+    return 2.0 * out * columns**2 * passes + 2.0 * columns**3 + 2.0 * recipe.tokens * columns**2
+
+
+def _search_rate(device: torch.device) -> float:
+    points, book = torch.randn(20000, 4, device=device), torch.randn(256, 4, device=device)
+    return _rate(lambda: assign(points, Books(book, None), 1)[0], 2.0 * points.numel() * len(book))
+
+
+def _product_rate(device: torch.device) -> float:
+    square = torch.randn(1024, 1024, device=device)
+    return _rate(lambda: square @ square, 2.0 * 1024**3)
+
+
+def _rate(work: Callable[[], Tensor], size: float) -> float:
+    """Operations a second of a function that gives a tensor, after a first call that warms up."""
+    best = math.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        float(work().flatten()[0])  # waits for a GPU
+        best = min(best, time.perf_counter() - started)
+    return size / best

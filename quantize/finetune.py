@@ -1,0 +1,147 @@
+"""Fine-tuning: books, column norms and the model's own norms are trained towards the original; indices stay.
+
+End to end, the loss is the Kullback-Leibler divergence of the next token's distribution from the original model's;
+for a block, the error of its output. Adam, with steps relative to the size of what they change, decayed to nothing.
+VPTQ's paper has this and never released it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quantize.coded import CodedLinear
+
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass
+class Training:
+    """Parameters on their way, all that is needed to go on after a stop: ``state`` and ``step``.
+
+    ``rate`` is the first step's size relative to the root mean square of the tensor it changes.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    rate: float
+    steps: int
+    step: int = 0
+    _moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _size: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, parameter in self.parameters.items():
+            self._moments[name] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            self._size[name] = float(parameter.detach().square().mean().sqrt())
+        # A column's shift is small where it can be moved by as much as its scale.
+        for name in self._size:
+            if name.endswith("weight_bias"):
+                self._size[name] = self._size[name.removesuffix("weight_bias") + "weight_scale"]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step of Adam (https://arxiv.org/abs/1412.6980) on the gradients, which are cleared."""
+        self.step += 1
+        rate = self.rate * (1 + math.cos(math.pi * (self.step - 1) / self.steps)) / 2
+        rate *= min(1.0, self.step / (0.05 * self.steps + 1))
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            first, second = self._moments[name]
+            first.lerp_(parameter.grad, 0.1)
+            second.lerp_(parameter.grad.square(), 0.05)
+            mean, square = first / (1 - 0.9**self.step), second / (1 - 0.95**self.step)
+            parameter -= rate * self._size[name] * mean / (square.sqrt() + 1e-12)
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that changes, as tensors by name."""
+        state = {f"value:{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        for name, (first, second) in self._moments.items():
+            state |= {f"first:{name}": first, f"second:{name}": second, f"size:{name}": torch.tensor(self._size[name])}
+        return state | {"step": torch.tensor(self.step)}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a :meth:`state`."""
+        self.step = int(state["step"])
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[f"value:{name}"])
+            self._size[name] = float(state[f"size:{name}"])
+            for moment, kind in zip(self._moments[name], ("first", "second"), strict=True):
+                moment.copy_(state[f"{kind}:{name}"])
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained of a module, by name: its coded linears' books and norms, and the weights of its own norms.
+
+    Everything else is frozen. Norm weights become float32 parameters.
+    """
+    module.requires_grad_(False)
+    found: dict[str, nn.Parameter] = {}
+    for name, part in module.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(part, CodedLinear):
+            found |= {f"{prefix}{key}": parameter for key, parameter in part.named_parameters()}
+        elif type(part).__name__.endswith("Norm") and isinstance(getattr(part, "weight", None), nn.Parameter):
+            part.weight = nn.Parameter(part.weight.detach().float())
+            found[f"{prefix}weight"] = part.weight
+    for parameter in found.values():
+        parameter.requires_grad_()
+    return found
+
+
+def tune_model(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: list[Tensor],
+    training: Training,
+    progress: Progress,
+    checkpoint: Callable[[Training], None],
+) -> None:
+    """Trains until ``training.steps``: step i on batch ``i % len(batches)``, token ids int64 ``[n, context]``."""
+    device_type = batches[0].device.type
+    while training.step < training.steps:
+        ids = batches[training.step % len(batches)]
+        with torch.no_grad():
+            wanted = torch.log_softmax(teacher(ids, use_cache=False).logits.flatten(0, 1).float(), -1)
+        with torch.autocast(device_type, torch.bfloat16):
+            logits = student(ids, use_cache=False).logits.flatten(0, 1)
+        found = torch.log_softmax(logits.float(), -1)
+        loss = nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        del logits, found, wanted
+        loss.backward()
+        training.update()
+        progress(training.step, training.steps, float(loss.detach()))
+        checkpoint(training)
+
+
+def tune_block(run: Callable[[int], Tensor], wanted: list[Tensor], training: Training) -> tuple[float, float]:
+    """Trains a block so that ``run(i)`` comes close to ``wanted[i]``, step after step over all i.
+
+    Returns the mean squared error relative to the mean square of what is wanted, before and after.
+    """
+    scale = sum(float(w.float().square().mean()) for w in wanted) / len(wanted)
+
+    @torch.no_grad()
+    def error() -> float:
+        pairs = ((run(i).float(), w.float()) for i, w in enumerate(wanted))
+        return sum(float((found - w).square().mean()) for found, w in pairs) / len(wanted) / scale
+
+    before = error()
+    while training.step < training.steps:
+        i = training.step % len(wanted)
+        ((run(i).float() - wanted[i].float()).square().mean() / scale).backward()
+        training.update()
+    return before, error()
+
+
+def replace_linears(model: nn.Module, coded: Iterable[tuple[str, CodedLinear]]) -> None:
+    """Puts coded linears into the places of a model's linears, by module name."""
+    for name, module in coded:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,118 @@
+"""Second moments of what a block's linears receive, stage by stage, optionally weighted by what the end loss feels.
+
+A stage is a set of linears that receive one tensor (q, k and v). Stages are collected in the order in which the block
+runs, each on what the coded layers before it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from quantize.errors import QuantizeError
+from quantize.hessian import SecondMoment
+from quantize.model import Batch, Block
+
+Weights = Mapping[str, Tensor]
+"""For every linear, a weight for every token and group of output rows: float32 ``[tokens, G]``."""
+
+
+@torch.inference_mode()
+def stages(i: int, block: Block, names: Sequence[str], batch: Batch) -> list[list[str]]:
+    """The linears among ``names`` in the order of their first call, those that receive the same tensor together.
+
+    Linears that the batch never reached (unrouted experts) are missing.
+    """
+    found: list[list[str]] = []
+    last: list[Tensor] = []
+
+    def record(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if any(name in stage for stage in found):
+            return
+        if last and last[0] is args[0]:
+            found[-1].append(name)
+        else:
+            found.append([name])
+        last[:] = [args[0]]
+
+    hooks = [block.linears[name].register_forward_pre_hook(partial(record, name)) for name in names]
+    batch.run(i, block.module)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.inference_mode()
+def collect(
+    i: int, block: Block, stage: Sequence[str], batches: Sequence[Batch], weights: Weights | None = None
+) -> dict[str, Tensor]:
+    """Second moments for the linears of one stage: ``[in, in]``, or ``[G, in, in]`` where weights are given."""
+    first = block.linears[stage[0]]
+    device = first.weight.device
+    plain = SecondMoment(first.in_features, device)
+    guided = {
+        name: [SecondMoment(first.in_features, device) for _ in range(weights[name].shape[1])]
+        for name in stage
+        if weights is not None
+    }
+
+    def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].reshape(-1, first.in_features)
+        here = slice(plain.tokens, plain.tokens + len(x))
+        if not guided:
+            plain.add(x)
+            return
+        plain.tokens = here.stop
+        for name, groups in guided.items():
+            assert weights is not None
+            for g, moment in enumerate(groups):
+                moment.add(x, weights[name][here, g].to(device))
+
+    hook = first.register_forward_pre_hook(record)
+    for batch in batches:
+        batch.run(i, block.module)
+    hook.remove()
+    try:
+        if guided:
+            return {name: torch.stack([moment.mean() for moment in groups]) for name, groups in guided.items()}
+        return dict.fromkeys(stage, plain.mean())
+    except QuantizeError as error:
+        raise QuantizeError(f"{stage[0]}: {error}") from error
+
+
+def output_gradients(
+    model: nn.Module, groups: Mapping[str, list[slice]], batches: Sequence[Tensor]
+) -> tuple[Weights, dict[str, float]]:
+    """What the end loss feels of an error in each linear's output: squared gradients, mean over each group of rows.
+
+    ``groups`` names the linears and their groups of output rows; ``batches`` are token ids int64 ``[n, context]``. The
+    loss is the next token's negative log likelihood. Returns weights scaled to a mean of one, and the mean they had.
+    GuidedQuant (https://arxiv.org/abs/2505.07004).
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for name in groups}
+
+    def record(name: str, _: nn.Module, __: object, gradients: tuple[Tensor, ...]) -> None:
+        squares = gradients[0].float().square().flatten(0, -2)
+        seen[name].append(torch.stack([squares[:, rows].mean(1) for rows in groups[name]], 1).cpu())
+
+    hooks = [model.get_submodule(name).register_full_backward_hook(partial(record, name)) for name in groups]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    embeddings: nn.Module = model.get_input_embeddings()
+    hooks.append(embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_()))
+    for ids in batches:
+        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    for parameter in trainable:
+        parameter.requires_grad_()
+    weights, means = {}, {}
+    for name, parts in seen.items():
+        whole = torch.cat(parts)
+        means[name] = float(whole.mean())
+        weights[name] = whole / max(means[name], 1e-30)
+    return weights, means

@@ -1,0 +1,74 @@
+"""What a run is going to do, known before it does it: a recipe and a spec for every linear layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from quantize.errors import QuantizeError
+from quantize.model import Block
+from quantize.recipe import LayerRecipe, Recipe
+from vllm_vptq.format import LayerSpec, VPTQFormatError, effective_bits
+
+
+def total_bits(specs: Mapping[str, LayerSpec]) -> float:
+    """Effective bits of quantized weights: indices, books, norms and permutations over their number."""
+    weights = sum(math.prod(spec.shape) for spec in specs.values())
+    return sum(effective_bits(spec) * math.prod(spec.shape) for spec in specs.values()) / weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How every linear layer that is quantized is coded, by module name."""
+
+    layers: Mapping[str, LayerRecipe]
+    shapes: Mapping[str, tuple[int, int]]
+
+    @cached_property
+    def specs(self) -> dict[str, LayerSpec]:
+        """The format's description of every layer."""
+        return {name: layer.spec(*self.shapes[name]) for name, layer in self.layers.items()}
+
+    @property
+    def weights(self) -> int:
+        """How many weights are quantized."""
+        return sum(math.prod(spec.shape) for spec in self.specs.values())
+
+    @property
+    def bits(self) -> float:
+        """Effective bits of the quantized weights."""
+        return total_bits(self.specs)
+
+
+def make_plan(blocks: list[Block], recipe: Recipe, chosen: Mapping[str, LayerRecipe] | None = None) -> Plan:
+    """What a recipe gives a model's linears, or what was ``chosen`` for them.
+
+    QuantizeError if nothing is left to quantize, if the format can't hold a layer, or if one grows larger than dense.
+    """
+    layers, shapes = {}, {}
+    for block in blocks:
+        for name, linear in block.linears.items():
+            layer = recipe.layer(name)
+            if layer is None:
+                continue
+            layers[name] = layer if chosen is None else chosen[name]
+            shapes[name] = (linear.weight.shape[0], linear.weight.shape[1])
+    if not layers:
+        raise QuantizeError("the recipe skips every linear layer; nothing to quantize")
+    plan = Plan(layers, shapes)
+    for name, (out, columns) in shapes.items():
+        if columns > 1 << 16 and layers[name].perm:
+            raise QuantizeError(f"{name}: perm holds 16-bit columns and this layer has {columns}; set perm to false")
+        try:
+            LayerSpec.from_config(plan.specs[name].to_config(), name).with_shape(out, columns, name)
+        except VPTQFormatError as error:
+            raise QuantizeError(str(error)) from error
+    worst = max(plan.specs, key=lambda name: effective_bits(plan.specs[name]))
+    if effective_bits(plan.specs[worst]) >= 16:
+        raise QuantizeError(
+            f"{worst}: {effective_bits(plan.specs[worst]):.1f} bits a weight with its codebooks, no less than dense; "
+            "use fewer centroids for layers this small"
+        )
+    return plan

@@ -1,0 +1,92 @@
+"""Uploading a checkpoint with a card that says how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize.errors import QuantizeError
+from quantize.export import read_config
+from quantize.plan import total_bits
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
+    """The card of a checkpoint, Markdown with the hub's front matter. ``results`` are rows as ``NAME=VALUE``."""
+    _, specs = read_config(checkpoint)
+    bits = total_bits(dict(specs))
+    recipe = json.loads((checkpoint / "vptq_recipe.json").read_text(encoding="utf8"))
+    rows = []
+    for result in results:
+        name, equals, value = result.partition("=")
+        if not (name and equals and value):
+            raise QuantizeError(f"result {result!r}, expected NAME=VALUE")
+        rows.append(f"| {name} | {value} |")
+    table = ["", "## Results", "", "| | |", "|---|---|", *rows] if rows else []
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {original}",
+            "base_model_relation: quantized",
+            "library_name: vllm",
+            "tags: [vptq, vllm]",
+            "---",
+            "",
+            f"# {original.rpartition('/')[2]}, {bits:.2f} bits a weight",
+            "",
+            f"[{original}](https://huggingface.co/{original}) with its {len(specs)} linear layers in VPTQ's format: "
+            f"{bits:.3f} bits a weight with indices, codebooks and norms counted; embeddings and head unchanged.",
+            "",
+            "    pip install vllm-vptq",
+            "    vllm serve THIS_REPOSITORY",
+            *table,
+            "",
+            "## How it was made",
+            "",
+            f"    vptq-quantize run {original} --out DIR --recipe vptq_recipe.json",
+            "",
+            ", ".join(f"{name} {version(name)}" for name in ("vllm-vptq", "torch", "transformers")) + "; recipe:",
+            "",
+            *(f"    {line}" for line in json.dumps(recipe, indent=2).splitlines()),
+            "",
+        ]
+    )
+
+
+def upload(
+    api: HfApi,
+    checkpoint: Path,
+    repository: str,
+    original: str,
+    results: Sequence[str],
+    revision: str | None,
+    private: bool,
+) -> str:
+    """Writes the card into the checkpoint's directory and uploads that; gives the address of the commit.
+
+    QuantizeError if the directory is no finished checkpoint or the hub refuses.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if (checkpoint / "parts").exists():
+        raise QuantizeError(f"{checkpoint} holds an unfinished run; start that again first")
+    (checkpoint / "README.md").write_text(model_card(checkpoint, original, results), encoding="utf8")
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repository,
+            folder_path=checkpoint,
+            revision=revision,
+            commit_message="VPTQ checkpoint made by vllm-vptq",
+        )
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise QuantizeError(f"cannot upload to {repository}: {reason}") from error
+    return str(done.commit_url)

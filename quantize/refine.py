@@ -1,0 +1,113 @@
+"""Refinement with indices fixed: the layer loss is quadratic in the centroids, and in the norm; solve for its minimum.
+
+``tr(E^T H E)`` with ``E = target - Q`` and Q linear in what is looked for. The normal equations are never formed:
+conjugate gradients need a lookup, a product with H and a sum over indices each step, whatever the size of the books.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quantize.columns import Codes, Segment, Slab, as_vectors, decode
+from quantize.kmeans import Books
+
+_RIDGE = 1e-4
+"""Relative to the diagonal, towards the present values: what the data say nothing about stays where it is."""
+
+
+def conjugate_gradient(apply: Callable[[Tensor], Tensor], rhs: Tensor, diagonal: Tensor, steps: int) -> Tensor:
+    """Approximately solves ``A x = rhs`` for symmetric A, starting from zero; all vectors ``[n]``.
+
+    ``diagonal`` preconditions (Jacobi). Fewer steps than n regularise; each one lowers ``x A x / 2 - rhs x``.
+    """
+    inverse = torch.where(diagonal > 0, 1 / diagonal.clamp_min(1e-30), torch.zeros_like(diagonal))
+    x = torch.zeros_like(rhs)
+    residual = rhs.clone()
+    direction = inverse * residual
+    power = start = torch.dot(residual, direction)
+    for _ in range(steps):
+        product = apply(direction)
+        curvature = torch.dot(direction, product)
+        if not (float(curvature) > 0 and float(power) > 1e-10 * float(start)):
+            break
+        step = power / curvature
+        x += step * direction
+        residual -= step * product
+        scaled = inverse * residual
+        before, power = power, torch.dot(residual, scaled)
+        direction = scaled + power / before * direction
+    return x
+
+
+def fit_books(slabs: list[Slab], segments: list[Segment], codes: list[list[Codes]], steps: int) -> list[Segment]:
+    """The segments with centroids that minimise the loss for these indices. ``codes[i]`` belongs to ``slabs[i]``.
+
+    Exact layer loss, all books together: what AQLM (https://arxiv.org/abs/2401.06118) does by Adam.
+    """
+    flat = torch.cat([book.flatten() for segment in segments for book in _both(segment.books)])
+
+    def unflatten(x: Tensor) -> list[Segment]:
+        parts = iter(x.split([book.numel() for segment in segments for book in _both(segment.books)]))
+        shaped = []
+        for segment in segments:
+            books = [next(parts).view_as(book) for book in _both(segment.books)]
+            shaped.append(Segment(segment.start, segment.end, Books(books[0], books[1] if len(books) > 1 else None)))
+        return shaped
+
+    def gather(gradients: list[Tensor]) -> Tensor:
+        """Sums ``[C, rows]`` over the vectors of every centroid: the transpose of a lookup."""
+        sums = unflatten(torch.zeros_like(flat))
+        for gradient, code in zip(gradients, codes, strict=True):
+            for total, indices in zip(sums, code, strict=True):
+                vectors = as_vectors(gradient[total.start : total.end], total.v).flatten(0, 1)
+                for book, index in zip(_both(total.books), indices, strict=False):
+                    assert index is not None
+                    book.index_add_(0, index.flatten(), vectors)
+        return torch.cat([book.flatten() for total in sums for book in _both(total.books)])
+
+    def lookup(x: Tensor) -> list[Tensor]:
+        shaped = unflatten(x)
+        return [decode(slab.target.shape[1], shaped, code) for slab, code in zip(slabs, codes, strict=True)]
+
+    mass = gather([slab.moment.diagonal()[:, None].expand_as(slab.target) for slab in slabs])
+    errors = [slab.target - coded for slab, coded in zip(slabs, lookup(flat), strict=True)]
+    rhs = gather([slab.moment @ error for slab, error in zip(slabs, errors, strict=True)])
+    change = conjugate_gradient(
+        lambda x: (
+            gather([slab.moment @ coded for slab, coded in zip(slabs, lookup(x), strict=True)]) + _RIDGE * mass * x
+        ),
+        rhs,
+        mass,
+        steps,
+    )
+    return unflatten(flat + change)
+
+
+def _both(books: Books) -> list[Tensor]:
+    return [books.main] if books.residual is None else [books.main, books.residual]
+
+
+def fit_norm(slabs: list[Slab], coded: list[Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """Factor and offset ``[C]`` for every column so that ``factor * coded + offset`` minimises the loss.
+
+    ``coded[i] [C, rows]`` are the decoded columns of ``slabs[i]``.
+    """
+    columns = len(slabs[0].target)
+
+    def gather(gradients: list[Tensor]) -> Tensor:
+        factor = sum((g * q).sum(1) for g, q in zip(gradients, coded, strict=True))
+        return torch.cat([torch.as_tensor(factor), torch.as_tensor(sum(g.sum(1) for g in gradients))])
+
+    def apply(x: Tensor) -> Tensor:
+        factor, offset = x[:columns, None], x[columns:, None]
+        return gather([slab.moment @ (factor * q + offset) for slab, q in zip(slabs, coded, strict=True)])
+
+    energy = sum(slab.moment.diagonal() * q.square().sum(1) for slab, q in zip(slabs, coded, strict=True))
+    rows = sum(slab.moment.diagonal() * slab.target.shape[1] for slab in slabs)
+    diagonal = torch.cat([torch.as_tensor(energy), torch.as_tensor(rows)])
+    rhs = gather([slab.moment @ (slab.target - q) for slab, q in zip(slabs, coded, strict=True)])
+    change = conjugate_gradient(lambda x: apply(x) + _RIDGE * diagonal * x, rhs, diagonal, steps)
+    return 1 + change[:columns], change[columns:]

@@ -1,0 +1,47 @@
+"""What the steps of a run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from quantize.model import Block
+from quantize.parts import Parts
+from quantize.recipe import Recipe
+from quantize.report import Report
+
+BATCH_TOKENS = 2048
+
+
+@dataclass
+class Run:
+    """A model on its way, with what is known and done of it."""
+
+    model: Any
+    tokenizer: Any
+    blocks: list[Block]
+    recipe: Recipe
+    parts: Parts
+    report: Report
+    ids: Tensor
+    """Calibration tokens int64 ``[sequences, context]``, on the device."""
+
+    def id_batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
+        """The calibration sequences in batches of about so many tokens."""
+        return list(self.ids.split(max(1, tokens // self.recipe.context)))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """A finished layer's tensors, as its block's training left them."""
+        tensors = self.parts.load(name)
+        tuned = next((p for b in self.blocks if name in b.linears and (p := tuned_part(b)) in self.parts), None)
+        if tuned is not None:
+            trained = self.parts.load(tuned)
+            tensors |= {key: trained[f"{name}.{key}"] for key in tensors if f"{name}.{key}" in trained}
+        return tensors
+
+
+def tuned_part(block: Block) -> str:
+    """The name of the part that holds what a block's training changed."""
+    return f"{block.name}.tuned"

@@ -1,0 +1,98 @@
+"""Where training meets a run: coded linears in the places of dense ones, its state and its results among the parts."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quantize.coded import CodedLinear
+from quantize.finetune import Training, replace_linears, trainable, tune_block, tune_model
+from quantize.model import Batch, Block, load
+from quantize.plan import Plan
+from quantize.run import Run, tuned_part
+from vllm_vptq.format import dequantize
+
+_CHECKPOINT_SECONDS = 120.0
+
+
+def finetune_block(
+    run: Run, plan: Plan, i: int, block: Block, batches: list[Batch], wanted: list[Tensor]
+) -> tuple[float, float]:
+    """Trains a coded block towards ``wanted``, its original output for each batch; the result is a part."""
+    prefix = f"{block.name}."
+    copy_ = Block(block.name, copy.deepcopy(block.module), {})
+    coded = _coded_linears(run, plan, [name for name in block.linears if name in plan.specs])
+    replace_linears(copy_.module, ((name.removeprefix(prefix), module) for name, module in coded.items()))
+    settings = run.recipe.finetune_blocks
+    training = Training(trainable(copy_.module), settings.rate, settings.steps)
+    inputs = [batch.ordinary() for batch in batches]
+    errors = tune_block(lambda j: inputs[j].run(i, copy_.module), wanted, training)
+    parameters = {f"{prefix}{name}": parameter for name, parameter in training.parameters.items()}
+    run.parts.save(tuned_part(block), _tuned_tensors(run, coded, parameters))
+    return errors
+
+
+def _tuned_tensors(
+    run: Run, coded: Mapping[str, CodedLinear], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """What training changed, by the checkpoint's names and in its dtypes: coded linears, and the model's own norms."""
+    tuned = {f"{name}.{key}": tensor for name, module in coded.items() for key, tensor in module.tensors().items()}
+    dtypes = {name: tensor.dtype for name, tensor in run.model.state_dict().items()}
+    return tuned | {name: p.detach().to(dtypes[name]) for name, p in parameters.items() if name in dtypes}
+
+
+@torch.no_grad()
+def put_tuned(run: Run, plan: Plan, block: Block) -> None:
+    """Puts a block's trained weights and norms into the model."""
+    tensors = run.parts.load(tuned_part(block))
+    norms = {name: p for name, p in block.module.named_parameters() if f"{block.name}.{name}" in tensors}
+    for name, parameter in norms.items():
+        parameter.data.copy_(tensors[f"{block.name}.{name}"])
+    for name, linear in block.linears.items():
+        if name in plan.specs:
+            put_weight(linear, dequantize(run.tensors(name), plan.specs[name]))
+
+
+def _coded_linears(run: Run, plan: Plan, names: list[str]) -> dict[str, CodedLinear]:
+    coded = {}
+    for name in names:
+        tensors = {key: tensor.to(run.ids.device) for key, tensor in run.tensors(name).items()}
+        coded[name] = CodedLinear(tensors, plan.specs[name], run.model.get_submodule(name).bias)
+    return coded
+
+
+def finetune_model(run: Run, plan: Plan, source: str) -> None:
+    """Trains books and norms end to end; the result is the part ``tuned``, with the checkpoint's names of tensors."""
+    if "tuned" in run.parts:
+        return
+    device = run.ids.device
+    teacher, _ = load(source, device)
+    student = copy.deepcopy(run.model)
+    coded = _coded_linears(run, plan, list(plan.specs))
+    replace_linears(student, coded.items())
+    settings = run.recipe.finetune
+    training = Training(trainable(student), settings.rate, settings.steps)
+    if "training" in run.parts:
+        training.load(run.parts.load("training"))
+    saved = time.monotonic()
+
+    def checkpoint(state: Training) -> None:
+        nonlocal saved
+        if time.monotonic() - saved > _CHECKPOINT_SECONDS:
+            run.parts.save("training", state.state())
+            saved = time.monotonic()
+
+    def progress(step: int, steps: int, loss: float) -> None:
+        run.report.training(step, steps, loss)
+
+    tune_model(student, teacher, run.id_batches(settings.tokens), training, progress, checkpoint)
+    run.parts.save("tuned", _tuned_tensors(run, coded, training.parameters))
+
+
+def put_weight(linear: nn.Linear, weight: Tensor) -> None:
+    """Gives a linear another weight ``[out_features, in_features]``, in its own dtype."""
+    linear.weight.data.copy_(weight)

@@ -1,0 +1,98 @@
+"""Bits: how they are counted, and who gets them."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantize.allocate import allocate, choices, distortion, possible_books
+from quantize.errors import QuantizeError
+from quantize.kmeans import assign, train_books
+from quantize.plan import total_bits
+from quantize.recipe import LayerRecipe, Recipe, Rule
+from tests.strategies import few
+from vllm_vptq.format import LayerSpec
+
+SHAPES = {"a": (576, 576), "b": (1536, 576), "c": (192, 576)}
+LAYERS = dict.fromkeys(SHAPES, LayerRecipe())
+
+
+def bits(layers: dict[str, LayerRecipe], names: str = "abc") -> float:
+    return total_bits({name: layers[name].spec(*SHAPES[name]) for name in names})
+
+
+def even(norm: float = 1.0) -> dict[str, dict[bool, float]]:
+    """Layers whose loss is that of their weights, and a norm that makes it ``norm`` times as large."""
+    return {name: {True: norm * math.prod(shape), False: float(math.prod(shape))} for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize(("v", "k", "r"), [(2, 16, 0), (4, 256, 0), (3, 256, 0), (6, 64, 64), (4, 64, 16)])
+def test_distortions_are_those_of_books(v: int, k: int, r: int) -> None:
+    gen = torch.Generator().manual_seed(5)
+    books = train_books(torch.randn(20000, v, generator=gen), torch.ones(20000), k, r, 10, 4, gen)
+    fresh = torch.randn(10000, v, generator=gen)
+    found = float((fresh - books.decode(*assign(fresh, books, 4))).square().mean())
+    assert found == pytest.approx(distortion(v, k, r), rel=0.06)
+
+
+def test_choices_lie_on_a_convex_hull() -> None:
+    hull = choices(LayerRecipe(), (576, 576), {True: 1.0, False: 1.2}, possible_books(Recipe()))
+    assert len(hull) > 8
+    slopes = [(b.cost - a.cost) / (b.size - a.size) for a, b in pairwise(hull)]
+    assert all(s < 0 for s in slopes) and slopes == sorted(slopes)
+    few_books = possible_books(Recipe(largest_book=256, residual_books=False))
+    assert all(
+        c.layer.centroids <= 256 and not c.layer.residual_centroids
+        for c in choices(LayerRecipe(), (576, 576), {True: 1.0}, few_books)
+    )
+
+
+@few(40)
+@given(wanted=st.floats(1.7, 6.0), kind=st.sampled_from(["measured", "uniform"]))
+def test_the_budget_is_kept_and_used(wanted: float, kind: str) -> None:
+    found = allocate(LAYERS, SHAPES, even(), Recipe(bits=wanted, allocation=kind))
+    assert bits(found) <= wanted
+    assert bits(found) > wanted - (0.1 if kind == "measured" else 0.6)
+
+
+def test_more_goes_to_those_that_need_it() -> None:
+    needy = even() | {"c": {norm: 100 * loss for norm, loss in even()["c"].items()}}
+    plain, found = (allocate(LAYERS, SHAPES, s, Recipe(bits=2.5)) for s in (even(), needy))
+    assert bits(found, "c") > bits(plain, "c") + 1
+    assert bits(found, "ab") < bits(plain, "ab")
+
+
+def test_a_norm_is_bought_where_it_is_worth_its_bits() -> None:
+    for worth, expected in ((0.3, True), (0.99, False)):
+        found = allocate(LAYERS, SHAPES, even(worth), Recipe(bits=3))
+        assert {layer.norm for layer in found.values()} == {expected}
+
+
+def test_one_kind_for_all_where_that_is_asked_for() -> None:
+    found = allocate(LAYERS, SHAPES, even(), Recipe(bits=2.5, allocation="uniform"))
+    assert len(set(found.values())) == 1 and next(iter(found.values())).norm
+
+
+def test_what_a_rule_says_stays() -> None:
+    rule = Rule(match="b", centroids=16, vector_length=2, residual_centroids=0)
+    recipe = Recipe(bits=3, rules=(rule,))
+    layers = {name: layer for name in SHAPES if (layer := recipe.layer(name))}
+    found = allocate(layers, SHAPES, even(), recipe)
+    assert (found["b"].vector_length, found["b"].centroids) == (2, 16)
+    assert 2.8 < bits(found) <= 3 and bits(found, "b") < 2.2
+
+
+@pytest.mark.parametrize("kind", ["measured", "uniform"])
+def test_too_few_bits_are_refused_with_the_least(kind: str) -> None:
+    with pytest.raises(QuantizeError, match=r"bits 1\.0001: .* at least 1\.\d"):
+        allocate(LAYERS, SHAPES, even(), Recipe(bits=1.0001, allocation=kind))
+
+
+def test_bits_count_everything() -> None:
+    spec = LayerSpec(576, 576, 4, 256, enable_norm=True)
+    assert total_bits({"a": spec}) == pytest.approx(2 + (256 * 4 * 16 + 2 * 576 * 16) / 576**2)

@@ -1,0 +1,84 @@
+"""Calibration text: files, conversations, mixtures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantize.calibration import calibration_tokens, shares
+from quantize.errors import QuantizeError
+from quantize.recipe import Recipe
+from tests.strategies import few
+
+
+@few(100)
+@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6), count=st.integers(1, 500))
+def test_shares_are_whole_and_fair(weights: list[float], count: int) -> None:
+    found = shares(weights, count)
+    assert sum(found) == count
+    assert all(abs(n - count * w / sum(weights)) < 1 for n, w in zip(found, weights, strict=True))
+
+
+class Letters:
+    """A tokenizer of characters, with a chat template on request."""
+
+    all_special_ids = ()
+
+    def __init__(self, template: str | None = None) -> None:
+        self.chat_template = template
+
+    def __call__(self, text: str, **_: object) -> object:
+        return type("Encoding", (), {"input_ids": torch.tensor([[ord(c) for c in text]])})
+
+    def apply_chat_template(self, messages: list[dict], tokenize: bool) -> str:
+        assert not tokenize
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+
+def tokens(tokenizer: Letters, *sources: str) -> torch.Tensor:
+    recipe = Recipe(calibration=sources, tokens=1024, context=32)
+    return calibration_tokens(None, tokenizer, recipe, lambda done, total: None)
+
+
+def text(ids: torch.Tensor) -> str:
+    return "".join(map(chr, ids.flatten().tolist()))
+
+
+def test_one_file_is_read_from_its_start(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789" * 200)
+    assert text(tokens(Letters(), str(tmp_path / "a.txt"))) == ("0123456789" * 200)[:1024]
+
+
+def test_a_mixture_holds_its_shares_in_any_order(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 2000)
+    ids = tokens(Letters(), f"{tmp_path}/a.txt@3", f"{tmp_path}/b.txt")
+    rows = [set(text(row)) for row in ids]
+    assert len(rows) == 32 and rows.count({"a"}) == 24 and rows.count({"b"}) == 8
+    assert rows[:24] != [{"a"}] * 24
+
+
+def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "x" * 2000}]}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row))
+    assert text(tokens(Letters("yes"), f"{tmp_path}/c.jsonl")).startswith("<user>xxx")
+    with pytest.raises(QuantizeError, match="no chat template"):
+        tokens(Letters(), f"{tmp_path}/c.jsonl")
+
+
+@pytest.mark.parametrize(("line", "match"), [("{", "line 2"), ("[1]", "line 2.*table"), ('{"n": 5}', "no text column")])
+def test_lines_that_say_nothing_are_named(tmp_path: Path, line: str, match: str) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n' + line)
+    with pytest.raises(QuantizeError, match=match):
+        tokens(Letters(), f"{tmp_path}/c.jsonl")
+
+
+def test_a_short_source_is_named_with_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 100)
+    with pytest.raises(QuantizeError, match=r"a\.txt has 100 tokens, 1024 are needed"):
+        tokens(Letters(), f"{tmp_path}/a.txt")

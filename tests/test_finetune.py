@@ -1,0 +1,116 @@
+"""Coded linears as modules, training that can stop, and what it is worth."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from quantize.coded import CodedLinear
+from quantize.finetune import Training, replace_linears, trainable, tune_model
+from quantize.recipe import LayerRecipe, Recipe
+from quantize.solver import Solution, solve
+from vllm_vptq.format import dequantize
+
+
+def coded(layer: LayerRecipe, out: int = 21, columns: int = 40) -> tuple[CodedLinear, Solution]:
+    gen = torch.Generator().manual_seed(0)
+    solution = solve(torch.randn(out, columns, generator=gen), torch.eye(columns), layer, Recipe(), torch.float16)
+    return CodedLinear(solution.tensors, solution.spec, None), solution
+
+
+LAYERS = [
+    LayerRecipe(centroids=16, residual_centroids=0, norm=False),
+    LayerRecipe(centroids=16, residual_centroids=8),
+    LayerRecipe(vector_length=3, centroids=16, residual_centroids=8, groups=4, perm=True),
+    LayerRecipe(
+        centroids=16, residual_centroids=0, outliers=8, outlier_vector_length=2, outlier_centroids=16, perm=True
+    ),
+    LayerRecipe(centroids=16, residual_centroids=8, outliers=8, outlier_vector_length=5, groups=2, norm=False),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_a_coded_linear_is_what_the_format_says(layer: LayerRecipe) -> None:
+    module, solution = coded(layer)
+    torch.testing.assert_close(module.weight(), dequantize(solution.tensors, solution.spec))
+    again = module.tensors()
+    assert again.keys() == {n for n, t in solution.tensors.items() if t.is_floating_point()}
+    assert all(torch.equal(again[name], solution.tensors[name]) for name in again)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_every_parameter_of_a_coded_linear_can_be_trained(layer: LayerRecipe) -> None:
+    module, _ = coded(layer)
+    goal = torch.randn(21, 40, generator=torch.Generator().manual_seed(1))
+    training = Training(dict(module.named_parameters()), 0.05, 30)
+    losses = []
+    for _ in range(30):
+        loss = (module.weight() - goal).square().sum()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+        training.update()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def student_and_teacher() -> tuple[nn.Module, nn.Module, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.2, **sizes)).eval()
+    student = copy.deepcopy(teacher)
+    layer, recipe = LayerRecipe(centroids=16, residual_centroids=0), Recipe(rounds=0)
+    linears = {n: m for n, m in student.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    for name, linear in linears.items():
+        solution = solve(linear.weight.data, torch.eye(linear.in_features), layer, recipe, torch.float16)
+        replace_linears(student, [(name, CodedLinear(solution.tensors, solution.spec, None))])
+    batches = [torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    return student, teacher, batches
+
+
+def divergence(student: nn.Module, teacher: nn.Module, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        a, b = (torch.log_softmax(model(ids).logits, -1) for model in (teacher, student))
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+def test_training_brings_the_student_to_its_teacher_on_other_text() -> None:
+    student, teacher, batches = student_and_teacher()
+    fresh = torch.randint(64, (8, 32), generator=torch.Generator().manual_seed(9))
+    before = divergence(student, teacher, fresh)
+    training = Training(trainable(student), 0.01, 30)
+    assert any("layernorm" in name for name in training.parameters)
+    assert any("centroids" in name for name in training.parameters)
+    frozen = {n: p.clone() for n, p in student.named_parameters() if n not in training.parameters}
+    losses: list[float] = []
+    tune_model(student, teacher, batches, training, lambda i, n, loss: losses.append(loss), lambda state: None)
+    assert len(losses) == training.step == 30 and losses[-1] < losses[0]
+    assert divergence(student, teacher, fresh) < 0.85 * before
+    assert all(torch.equal(p, frozen[n]) for n, p in student.named_parameters() if n in frozen)
+
+
+def test_training_that_stops_goes_on_to_the_same_bits() -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(training: Training) -> None:
+        if training.step == 4:
+            saved.update({name: tensor.clone() for name, tensor in training.state().items()})
+            raise Stopped
+
+    results, saved = [], {}
+    for interrupted in (False, True):
+        student, teacher, batches = student_and_teacher()
+        training = Training(trainable(student), 0.01, 8)
+        if interrupted:
+            with pytest.raises(Stopped):
+                tune_model(student, teacher, batches, training, lambda *_: None, stop)
+            student, teacher, batches = student_and_teacher()
+            training = Training(trainable(student), 0.01, 8)
+            training.load(saved)
+        tune_model(student, teacher, batches, training, lambda *_: None, lambda state: None)
+        results.append(training.state())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

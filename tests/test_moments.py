@@ -1,0 +1,82 @@
+"""What a block's linears receive, in which order, and what the end loss feels of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantize.evaluate import load_any
+from quantize.model import decoder_blocks, first_inputs
+from quantize.moments import collect, output_gradients, stages
+from quantize.recipe import Recipe
+from tests.tiny import COARSE, run
+
+pytest_plugins = ("tests.tiny_fixtures",)
+
+
+@pytest.fixture
+def model(tied: Path) -> nn.Module:
+    return load_any(str(tied), torch.device("cpu"))[0]
+
+
+def token_batches() -> list[Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    return [torch.randint(2, 200, (2, 24), generator=gen) for _ in range(3)]
+
+
+def test_stages_are_those_that_share_an_input(model: nn.Module) -> None:
+    blocks = decoder_blocks(model)
+    batches = first_inputs(model, blocks, token_batches())
+    found = stages(0, blocks[0], list(blocks[0].linears), batches[0])
+    leaves = [[name.rpartition(".")[2] for name in stage] for stage in found]
+    assert leaves == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_gradients_are_those_of_the_loss(model: nn.Module) -> None:
+    """Against autograd with an output replaced by a leaf."""
+    batches, name = token_batches(), "model.layers.1.mlp.up_proj"
+    weights, means = output_gradients(model, {name: [slice(0, 40), slice(40, 96)]}, batches)
+    assert weights[name].shape == (3 * 48, 2)
+    assert float(weights[name].mean()) == pytest.approx(1, rel=1e-4)
+    squares = []
+    for ids in batches:
+        outputs: list[Tensor] = []
+        hook = model.get_submodule(name).register_forward_hook(
+            lambda _, __, output, outputs=outputs: outputs.append(output.detach().requires_grad_()) or outputs[0]
+        )
+        logits = model(ids).logits
+        hook.remove()
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, outputs)
+        squares.append(gradient.square().flatten(0, 1))
+    expected = torch.stack([torch.cat(squares)[:, rows].mean(1) for rows in (slice(0, 40), slice(40, 96))], 1)
+    torch.testing.assert_close(weights[name] * means[name], expected, rtol=1e-3, atol=1e-7)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_weighted_moments(model: nn.Module) -> None:
+    blocks, ids = decoder_blocks(model), token_batches()
+    batches = first_inputs(model, blocks, ids)
+    stage = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    gen = torch.Generator().manual_seed(1)
+    weights = {name: torch.rand(3 * 48, 2, generator=gen) for name in stage}
+    found, plain = collect(0, blocks[0], stage, batches, weights), collect(0, blocks[0], stage, batches)
+    x = torch.cat([blocks[0].module.input_layernorm(b.hidden).detach().flatten(0, 1) for b in batches])
+    torch.testing.assert_close(plain[stage[0]], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    for name in stage:
+        for g in range(2):
+            expected = (x.T * weights[name][:, g]) @ x / len(x)
+            torch.testing.assert_close(found[name][g], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("update", [{"guided": 2}, {"activations": "original"}], ids=str)
+def test_runs_with_other_moments(tied: Path, text_file: Path, tmp_path: Path, update: dict) -> None:
+    base = COARSE.model_copy(update={"calibration": (str(text_file),)})
+    reports = []
+    for name, recipe in (("plain", base), ("other", Recipe(**base.model_dump() | update))):
+        run(tied, tmp_path / name, recipe)
+        reports.append((tmp_path / name / "model-00001-of-00003.safetensors").read_bytes())
+    assert reports[0] != reports[1]

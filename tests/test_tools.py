@@ -1,0 +1,260 @@
+"""Around a run: resuming, planning, reports, plots, cards, task scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantize import evaluate, pipeline
+from quantize.errors import QuantizeError
+from quantize.estimate import estimate, planned
+from quantize.evaluate import load_any, score, task_scores
+from quantize.model import load_shapes
+from quantize.parts import Parts
+from quantize.plot import draw
+from quantize.push import model_card, upload
+from quantize.recipe import BlockTuning, Finetuning, Recipe
+from quantize.report import REPORT
+from tests.tiny import COARSE, ROOT, TEXT, run
+
+pytest_plugins = ("tests.tiny_fixtures",)
+CPU = torch.device("cpu")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != REPORT}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tied: Path, text_file: Path, tmp_path: Path) -> None:
+    """Killed at three moments: between layers, after a block was trained, and in the middle of the last training."""
+    training = {"finetune": Finetuning(steps=30, tokens=256), "finetune_blocks": BlockTuning(steps=3)}
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),), "bits": 4.0} | training)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
+    run(tied, tmp_path / "whole", recipe)
+    script = (
+        "import sys; from pathlib import Path; from quantize import pipeline, training;"
+        "from quantize.recipe import Recipe; from quantize.report import Report; training._CHECKPOINT_SECONDS = 0.0;"
+        "pipeline.quantize_model(sys.argv[1], Path(sys.argv[2]), Recipe.load(Path(sys.argv[3])), Report())"
+    )
+    words = [sys.executable, "-c", script, str(tied), str(tmp_path / "cut"), str(tmp_path / "recipe.json")]
+    parts = tmp_path / "cut" / "parts"
+    for awaited in ("model.layers.0.self_attn.o_proj", "model.layers.0.tuned", "training"):
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (parts / f"{awaited}.safetensors").exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "cut" / "config.json").exists()
+    run(tied, tmp_path / "cut", recipe)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert not parts.exists()
+
+
+def test_finished_layers_are_not_solved_again(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),)})
+    solved: list[str] = []
+    original = pipeline.solve
+
+    def stop_after(count: int) -> Any:
+        def solve(*arguments: Any) -> Any:
+            if len(solved) == count:
+                raise KeyboardInterrupt
+            solved.append("")
+            return original(*arguments)
+
+        return solve
+
+    monkeypatch.setattr(pipeline, "solve", stop_after(9))
+    with pytest.raises(KeyboardInterrupt):
+        run(tied, tmp_path / "out", recipe)
+    monkeypatch.setattr(pipeline, "solve", stop_after(100))
+    run(tied, tmp_path / "out", recipe)
+    assert len(solved) == 14
+
+
+def test_another_recipe_does_not_go_on_with_these_parts(tmp_path: Path) -> None:
+    Parts(tmp_path / "out", {"recipe": 1}).save("a.layer", {"x": torch.ones(2)})
+    with pytest.raises(QuantizeError, match="unfinished run with another recipe"):
+        Parts(tmp_path / "out", {"recipe": 2})
+    assert "a.layer" in Parts(tmp_path / "out", {"recipe": 1})
+
+
+def test_a_mistake_before_the_first_layer_leaves_nothing_behind(tmp_path: Path) -> None:
+    Parts(tmp_path / "out", {"recipe": 1}).save("calibration", {"ids": torch.ones(2)})
+    assert "calibration" not in Parts(tmp_path / "out", {"recipe": 2})
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "out", {})
+    parts.save("a.layer", {"x": torch.ones(2)}, {"error": 1.0})
+    assert parts.record("a.layer") == {"error": 1.0}
+    (parts.folder / "a.layer.safetensors").write_bytes(b"123")
+    for read in (parts.load, parts.record):
+        with pytest.raises(QuantizeError, match=r"a\.layer.* damaged .*remove it"):
+            read("a.layer")
+
+
+def test_a_full_disk_is_one_line_and_before_the_work(tied: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(QuantizeError, match="free"):
+        run(tied, tmp_path / "out", COARSE)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_out_that_cannot_be_written(tied: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(QuantizeError, match="cannot write"):
+        run(tied, tmp_path / "out", COARSE)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plans and reports
+
+
+def test_a_plan_needs_no_weights_and_is_what_a_run_does(untied: Path, tmp_path: Path) -> None:
+    recipe = COARSE.model_copy(update={"bits": 5.0, "allocation": "uniform"})
+    shapes = tmp_path / "shapes"
+    shutil.copytree(untied, shapes, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = load_shapes(str(shapes))
+    plan = planned(model, recipe)
+    assert plan.bits <= 5.0
+    assert plan.specs == run(untied, tmp_path / "out", recipe).specs
+    assert "min and" in estimate(model, plan, recipe)
+
+
+def test_bits_are_given_by_measurement(tied: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = COARSE.model_copy(update={"bits": 4.0, "calibration": (str(text_file),)})
+    plan = run(tied, tmp_path / "out", recipe)
+    assert 3.8 < plan.bits <= 4.0 and len(set(plan.layers.values())) > 1
+
+
+def test_training_blocks_brings_them_closer(tied: Path, text_file: Path, tmp_path: Path) -> None:
+    found = []
+    dense, tokenizer = load_any(str(tied), CPU)
+    for steps in (0, 20):
+        recipe = COARSE.model_copy(
+            update={"calibration": (str(text_file),), "finetune_blocks": BlockTuning(steps=steps)}
+        )
+        run(tied, tmp_path / str(steps), recipe)
+        coded, _ = load_any(str(tmp_path / str(steps)), CPU)
+        found.append(score(coded, tokenizer, TEXT[9000:], 64, 2048, reference=dense).divergence)
+    assert found[1] < 0.98 * found[0]
+
+
+def test_the_report_tells_every_layer(fine: Path, tmp_path: Path) -> None:
+    records = [json.loads(line) for line in (fine / REPORT).read_text().splitlines()]
+    assert len(records) == 14
+    for record in records:
+        steps = list(record["steps"].values())
+        assert next(iter(record["steps"])) == "walk" and steps[-1] <= steps[0]
+        assert record["error"] > 0 and record["bits"] > 0 and record["seconds"] > 0 and record["peak_mib"] > 0
+    pytest.importorskip("matplotlib")
+    for name in ("a.png", "a.svg"):
+        draw(fine, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
+    with pytest.raises(QuantizeError, match="cannot write"):
+        draw(fine, tmp_path / "absent" / "a.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_divergence_is_that_of_the_definition(tied: Path, fine: Path) -> None:
+    (a, tokenizer), (b, _) = load_any(str(tied), CPU), load_any(str(fine), CPU)
+    found = score(b, tokenizer, TEXT, 32, 64, reference=a)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids[0, :64].view(2, 32)
+    with torch.no_grad():
+        p, q = (torch.softmax(model(ids).logits[:, :-1].double(), -1) for model in (a, b))
+    assert found.divergence == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
+    assert score(a, tokenizer, TEXT, 32, 64, reference=a).divergence == pytest.approx(0, abs=1e-6)
+
+
+def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
+    asked: dict[str, Any] = {}
+
+    def simple_evaluate(model: Any, tasks: list[str], limit: int | None) -> dict[str, Any]:
+        asked.update(model=model, tasks=tasks, limit=limit)
+        if tasks == ["absent"]:
+            raise KeyError("absent")
+        return {"results": {"piqa": {"acc,none": 0.5, "acc_norm,none": 0.75}, "other": {"bleu,none": 1.0}}}
+
+    harness, huggingface = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models.huggingface")
+    harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    huggingface.HFLM = lambda pretrained, tokenizer: (pretrained, tokenizer)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
+    model: Any = object()
+    assert task_scores(model, "tokenizer", ["piqa", "other"], 5) == {"piqa": 0.75}
+    assert asked == {"model": (model, "tokenizer"), "tasks": ["piqa", "other"], "limit": 5}
+    with pytest.raises(QuantizeError, match="absent"):
+        task_scores(model, "tokenizer", ["absent"], None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(QuantizeError, match=r"vllm-vptq\[eval\]"):
+        evaluate.task_scores(model, "tokenizer", ["piqa"], None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+class FakeHub:
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls.append((name, options))
+            return types.SimpleNamespace(commit_url="https://hub/commit")
+
+        return call
+
+
+@pytest.mark.parametrize("revision", [None, "3bit"])
+def test_upload(fine: Path, tmp_path: Path, revision: str | None) -> None:
+    checkpoint, hub = Path(shutil.copytree(fine, tmp_path / "copy")), FakeHub()
+    api: Any = hub
+    assert upload(api, checkpoint, "me/model", "org/base", ["wikitext-2=12.3"], revision, True) == "https://hub/commit"
+    assert [name for name, _ in hub.calls] == ["create_repo", *(["create_branch"] if revision else []), "upload_folder"]
+    assert hub.calls[0][1]["private"] and hub.calls[-1][1]["revision"] == revision
+    card = (checkpoint / "README.md").read_text()
+    assert card.startswith("---\nbase_model: org/base\n") and "| wikitext-2 | 12.3 |" in card
+    recipe = Recipe.load(checkpoint / "vptq_recipe.json")
+    assert f'"tokens": {recipe.tokens}' in card and "14 linear layers" in card
+
+
+def test_what_cannot_be_uploaded(fine: Path, tied: Path, tmp_path: Path) -> None:
+    class Refusing(FakeHub):
+        def create_repo(self, *_: Any, **__: Any) -> None:
+            raise ValueError("no such user\nmore")
+
+    checkpoint, api = Path(shutil.copytree(fine, tmp_path / "copy")), FakeHub()
+    for match, hub, folder, results in [
+        ("no such user$", Refusing(), checkpoint, []),
+        ("expected NAME=VALUE", api, checkpoint, ["great"]),
+    ]:
+        given: Any = hub
+        with pytest.raises(QuantizeError, match=match):
+            upload(given, folder, "me/model", "org/base", results, None, True)
+    (checkpoint / "parts").mkdir()
+    with pytest.raises(QuantizeError, match="unfinished"):
+        upload(api, checkpoint, "me/model", "org/base", [], None, True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"config\.json"):
+        model_card(tied, "org/base", [])
+    assert not api.calls
