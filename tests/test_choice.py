@@ -41,7 +41,7 @@ def fake_gpu(monkeypatch, shared_kib: int = 227, free: float = 0.9) -> None:
 
 @pytest.mark.parametrize(("major", "tensor_groups"), [(8, False), (9, True), (10, False), (12, False)])
 def test_hardware(major, tensor_groups, monkeypatch):
-    properties = SimpleNamespace(multi_processor_count=99, major=major)
+    properties = SimpleNamespace(multi_processor_count=99, major=major, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert stationary.Gpu.of(GPU) == stationary.Gpu(99, tensor_groups)
 
