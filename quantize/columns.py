@@ -7,7 +7,9 @@ carried over by one matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +22,10 @@ _BLOCK = 128
 
 Codes = tuple[Tensor, Tensor | None]
 """Main and residual indices int64 ``[columns, R]`` of one segment; R vectors of v rows each."""
+
+
+BlockStep = Callable[[Tensor, Tensor, Books, int, Tensor, Tensor | None], Tensor]
+"""See :func:`code_block_torch` and :func:`sweep_block_torch`."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +81,8 @@ def walk(slab: Slab, segments: list[Segment], candidates: int) -> list[Codes]:
     left = slab.target.clone()
     rows = left.shape[1]
     code_block = _code_block_native if left.device.type == "cpu" else code_block_torch
-    codes: list[Codes] = []
-    for segment in segments:
-        index, residual = _empty(segment, rows, left.device)
-        for start in range(segment.start, segment.end, _BLOCK):
-            end = min(start + _BLOCK, segment.end)
-            here = slice(start - segment.start, end - segment.start)
-            parts = index[here], None if residual is None else residual[here]
-            block = as_vectors(left[start:end], segment.v).contiguous()
-            errors = code_block(block, factor[start:end, start:end], segment.books, candidates, *parts)
-            left[end:].addmm_(factor[start:end, end:].T, errors.flatten(1)[:, :rows], alpha=-1)
-        codes.append((index, residual))
+    codes = [_empty(segment, rows, left.device) for segment in segments]
+    _in_blocks(code_block, left, factor, segments, codes, candidates)
     return codes
 
 
@@ -101,18 +98,24 @@ def sweep(slab: Slab, segments: list[Segment], codes: list[Codes], candidates: i
     pull = slab.moment / slab.moment.diagonal()  # pull[j, i]: how far a move of column j shifts the aim of column i
     aim = torch.addmm(coded, pull.T, slab.target - coded)
     sweep_block = _sweep_block_native if aim.device.type == "cpu" else sweep_block_torch
-    swept: list[Codes] = []
+    swept = [(index.clone(), None if residual is None else residual.clone()) for index, residual in codes]
+    _in_blocks(sweep_block, aim, pull, segments, swept, candidates)
+    return swept
+
+
+def _in_blocks(
+    step: BlockStep, columns: Tensor, matrix: Tensor, segments: list[Segment], codes: list[Codes], candidates: int
+) -> None:
+    """Takes a step block after block, writing ``codes``; carries what it returns on to the ``columns`` behind."""
+    rows = columns.shape[1]
     for segment, (index, residual) in zip(segments, codes, strict=True):
-        index, residual = index.clone(), None if residual is None else residual.clone()
         for start in range(segment.start, segment.end, _BLOCK):
             end = min(start + _BLOCK, segment.end)
             here = slice(start - segment.start, end - segment.start)
             parts = index[here], None if residual is None else residual[here]
-            block = as_vectors(aim[start:end], segment.v).contiguous()
-            moves = sweep_block(block, pull[start:end, start:end], segment.books, candidates, *parts)
-            aim[end:].addmm_(pull[start:end, end:].T, moves.flatten(1)[:, :rows], alpha=-1)
-        swept.append((index, residual))
-    return swept
+            block = as_vectors(columns[start:end], segment.v).contiguous()
+            moved = step(block, matrix[start:end, start:end], segment.books, candidates, *parts)
+            columns[end:].addmm_(matrix[start:end, end:].T, moved.flatten(1)[:, :rows], alpha=-1)
 
 
 def _empty(segment: Segment, rows: int, device: torch.device) -> Codes:
@@ -162,18 +165,6 @@ def sweep_block_torch(
     return moves
 
 
-def _code_block_native(
-    block: Tensor, factor: Tensor, books: Books, candidates: int, index: Tensor, residual: Tensor | None
-) -> Tensor:
-    return _native("vptq_code_block", block, factor, books, candidates, index, residual)
-
-
-def _sweep_block_native(
-    aim: Tensor, pull: Tensor, books: Books, candidates: int, index: Tensor, residual: Tensor | None
-) -> Tensor:
-    return _native("vptq_sweep_block", aim, pull, books, candidates, index, residual)
-
-
 def _native(
     function: str, block: Tensor, matrix: Tensor, books: Books, candidates: int, index: Tensor, residual: Tensor | None
 ) -> Tensor:
@@ -181,3 +172,7 @@ def _native(
     arguments = (block, *block.shape, matrix, matrix.stride(0), *native_books(books), min(candidates, len(books.main)))
     call_native(function, *arguments, index, residual, result)
     return result
+
+
+_code_block_native = partial(_native, "vptq_code_block")
+_sweep_block_native = partial(_native, "vptq_sweep_block")

@@ -1,5 +1,5 @@
 // Nearest centroids of short vectors, main and residual index chosen together (quantize/kmeans.py), alone and inside
-// the column walk with error feedback (quantize/solver.py).
+// the column walk and coordinate descent (quantize/columns.py).
 //
 // One point at a time against a transposed book [v][k], so that the compiler vectorises over centroids; the scores of
 // a point stay in the first-level cache. Minima are kept for every chunk of 64 centroids, so that the best few are
@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -200,11 +201,19 @@ void sweep_block(const float* aim, int columns, int64_t rows, const float* pull,
   }
 }
 
-}  // namespace
+// Calls f with the vector length as a constant; 1 for one that the format does not have, else 0.
+template <int V = 2, typename F>
+int with_vector_length(int64_t v, F&& f) {
+  if constexpr (V > 16) {
+    return 1;
+  } else {
+    if (v != V) return with_vector_length<V + 1>(v, f);
+    f(std::integral_constant<int, V>());
+    return 0;
+  }
+}
 
-#define FOR_EACH_VECTOR_LENGTH(CASE) \
-  CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) \
-  CASE(15) CASE(16)
+}  // namespace
 
 // All return 0, or 1 for a vector length the format does not have. main [k, v]; residual [r, v] or null, and with it
 // residual_index; candidates <= k.
@@ -214,15 +223,9 @@ extern "C" int vptq_assign(const float* points, int64_t n, int64_t v, const floa
                            const float* residual, int64_t r, int64_t candidates, int64_t* index,
                            int64_t* residual_index) {
   const Books books(main, k, residual, r, v);
-  switch (v) {
-#define CASE(V) \
-  case V:       \
-    assign<V>(points, n, books, candidates, index, residual_index); \
-    return 0;
-    FOR_EACH_VECTOR_LENGTH(CASE)
-#undef CASE
-  }
-  return 1;
+  return with_vector_length(v, [&](auto length) {
+    assign<decltype(length)::value>(points, n, books, candidates, index, residual_index);
+  });
 }
 
 // A block of columns, coded from left to right with error feedback inside the block. left [columns, rows, v] in;
@@ -232,15 +235,10 @@ extern "C" int vptq_code_block(const float* left, int64_t columns, int64_t rows,
                                int64_t factor_stride, const float* main, int64_t k, const float* residual, int64_t r,
                                int64_t candidates, int64_t* index, int64_t* residual_index, float* errors) {
   const Books books(main, k, residual, r, v);
-  switch (v) {
-#define CASE(V) \
-  case V:       \
-    code_block<V>(left, columns, rows, factor, factor_stride, books, candidates, index, residual_index, errors); \
-    return 0;
-    FOR_EACH_VECTOR_LENGTH(CASE)
-#undef CASE
-  }
-  return 1;
+  return with_vector_length(v, [&](auto length) {
+    code_block<decltype(length)::value>(left, columns, rows, factor, factor_stride, books, candidates, index,
+                                        residual_index, errors);
+  });
 }
 
 // A block of columns [columns, rows, v], each moved in turn to the choice nearest to its aim, given all others. pull
@@ -250,13 +248,8 @@ extern "C" int vptq_sweep_block(const float* aim, int64_t columns, int64_t rows,
                                 int64_t pull_stride, const float* main, int64_t k, const float* residual, int64_t r,
                                 int64_t candidates, int64_t* index, int64_t* residual_index, float* moves) {
   const Books books(main, k, residual, r, v);
-  switch (v) {
-#define CASE(V) \
-  case V:       \
-    sweep_block<V>(aim, columns, rows, pull, pull_stride, books, candidates, index, residual_index, moves); \
-    return 0;
-    FOR_EACH_VECTOR_LENGTH(CASE)
-#undef CASE
-  }
-  return 1;
+  return with_vector_length(v, [&](auto length) {
+    sweep_block<decltype(length)::value>(aim, columns, rows, pull, pull_stride, books, candidates, index,
+                                         residual_index, moves);
+  });
 }
