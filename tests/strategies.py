@@ -168,3 +168,15 @@ def refusal(*parts: object, name: str):
 
 def is_one_line_about(error: VPTQFormatError, name: str) -> bool:
     return str(error).startswith(f"{name}: ") and error.module == name and len(str(error).splitlines()) == 1
+
+
+def spec_extras(num_outlier_centroids: int) -> dict[str, dict[str, object]]:
+    """What a LayerSpec may have besides its books, by name; the outliers' book is of the given size."""
+    outliers = dict(outlier_size=12, outlier_vector_len=4, num_outlier_centroids=num_outlier_centroids)
+    return {
+        "plain": {},
+        "column norm": dict(enable_norm=True, enable_perm=True),
+        "row norm": dict(enable_norm=True, norm_dim=1),
+        "groups": dict(group_num=3, enable_perm=True),
+        "outliers": dict(outliers, enable_norm=True),
+    }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.strategies import random_tensors
+from tests.strategies import random_tensors, spec_extras
 from vllm_vptq import gpu
 from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import choice, compact, stationary, streams
@@ -35,13 +35,7 @@ FORMATS = {
     "v5-k1024": dict(vector_len=5, num_centroids=1024),
     "v20-k512-4": dict(vector_len=20, num_centroids=512, num_res_centroids=4),
 }
-EXTRAS = {
-    "plain": {},
-    "column norm": dict(enable_norm=True, enable_perm=True),
-    "row norm": dict(enable_norm=True, norm_dim=1),
-    "groups": dict(group_num=3, enable_perm=True),
-    "outliers": dict(outlier_size=12, outlier_vector_len=4, num_outlier_centroids=700, enable_norm=True),
-}
+EXTRAS = spec_extras(num_outlier_centroids=700)
 
 
 @pytest.fixture(scope="module", autouse=True)

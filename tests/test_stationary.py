@@ -40,7 +40,7 @@ from tests.packers import (
     round8,
 )
 from tests.shards import CPU
-from tests.strategies import few, random_tensors, specs
+from tests.strategies import few, random_tensors, spec_extras, specs
 from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.work import ABSENT, Job, Kind, LookupLayout, Module
@@ -413,13 +413,7 @@ FORMATS = {
     "v20-k16384-65536": dict(vector_len=20, num_centroids=16384, num_res_centroids=65536),
     "v20-k512-4": dict(vector_len=20, num_centroids=512, num_res_centroids=4),
 }
-EXTRAS = {
-    "plain": {},
-    "column norm": dict(enable_norm=True, enable_perm=True),
-    "row norm": dict(enable_norm=True, norm_dim=1),
-    "groups": dict(group_num=3, enable_perm=True),
-    "outliers": dict(outlier_size=12, outlier_vector_len=4, num_outlier_centroids=9000, enable_norm=True),
-}
+EXTRAS = spec_extras(num_outlier_centroids=9000)
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
