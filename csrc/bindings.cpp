@@ -267,8 +267,8 @@ Tensor pack_resident(const Tensor& words, int64_t columns, int64_t bits, int64_t
                      int64_t res_shift, int64_t res_width, int64_t kind, int64_t loads, int64_t book_rows,
                      int64_t copies, int64_t vector_width) {
   const c10::cuda::CUDAGuard guard(words.device());
-  const int64_t tiles = vector_width == 16 ? words.size(0) : (words.size(0) + 1) / 2;
-  Tensor codes = at::empty({tiles * loads * 128}, words.options());
+  const int64_t size = vector_width == 16 ? words.size(0) * 64 : (words.size(0) + 1) / 2 * 128;
+  Tensor codes = at::empty({size * loads}, words.options());
   C10_CUDA_CHECK(fill_codes(Kind(kind), stream_of(words, columns, bits, shift, width),
                             stream_of(words, columns, bits, res_shift, res_width), loads, book_rows, copies, vector_width,
                             codes.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream()));

@@ -188,11 +188,15 @@ class Kernels:
         kind, at, row_words = Kind(job.kind), job.codes, job.row_words
         if residual:
             kind, at, row_words = Kind.BYTES, job.lists, job.list_tiles
-        assert at % 4 == 0 and row_words % 128 == 0  # a lane loads four words
+        lanes = LANES // 2 if job.width == 16 else LANES  # of which two share a load where they look up halves
+        size = (lanes.max() + 1) * 4
+        assert at % 4 == 0 and row_words % size == 0  # a lane loads four words
         words = self._take("codes", at + tiles.start * row_words, len(tiles) * row_words)
         per_word = STEPS[kind] // 4
         bits = 32 // per_word
-        code = words.reshape(len(tiles), -1, 32, 4, 1) >> bits * np.arange(per_word) & ((1 << bits) - 1)
+        code = words.reshape(len(tiles), -1, size // 4, 4, 1)[:, :, lanes] >> bits * np.arange(per_word) & (
+            (1 << bits) - 1
+        )
         return code.reshape(*code.shape[:3], -1).swapaxes(2, 3).reshape(len(tiles), -1, 32)
 
     def _look_up(self, job: Job, code: np.ndarray, shared: Shared, base: int) -> np.ndarray:

@@ -86,11 +86,11 @@ def _aligned_codes(segment: Segment) -> int:
     kinds = [Kind.FAR if _large(n) else Kind.BYTES if bits <= 8 else Kind.SHORTS for n, bits in books]
     if kinds == [Kind.BYTES, Kind.BYTES]:
         kinds = [Kind.BYTE_PAIRS]
+    # Where both planes of vectors are gathered at once, each row has codes of its own; else two of them share loads.
+    apart = segment.vector_len > 8 and all(kind == Kind.FAR for kind in kinds)
     for kind in kinds:
-        tiles = -(-rows // 2)
-        if segment.vector_len > 8 and all(kind == Kind.FAR for kind in kinds):
-            tiles = rows  # two planes of a vector row
-        total += tiles * -(-segment.num_columns // COLUMNS_PER_LOAD[kind]) * 32 * 16
+        loads = -(-segment.num_columns // COLUMNS_PER_LOAD[kind])
+        total += loads * (rows * 256 if apart else -(-rows // 2) * 512)
     return total
 
 

@@ -249,7 +249,8 @@ class _Packer:
             )
             return self.codes.add(packed)
 
-        return self._once((kind, book.shift, width), make), loads * 128
+        # Of entries of 16 elements, two lanes share a code.
+        return self._once((kind, book.shift, width), make), loads * (64 if width == 16 else 128)
 
     def _plane(self, book: _Book, plane: int) -> int:
         """Stores elements ``8 * plane`` .. of every entry; pieces of a module share what need not be copied."""
