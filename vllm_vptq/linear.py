@@ -61,6 +61,8 @@ class VPTQLinearMethod(LinearMethodBase):
         config = get_current_vllm_config_or_none()
         if config is not None:
             self.layers.memory_share = config.cache_config.gpu_memory_utilization
+            if isinstance(config.additional_config, dict):
+                self.layers.graph_key = config.additional_config
         self.layers.expect(self.prefix, intake.loaded)
         for tensor in sorted(intake.tensor_names()):
             _add_placeholder(layer, tensor, _loader(self.prefix, intake, tensor), params_dtype)
@@ -82,7 +84,7 @@ class VPTQLinearMethod(LinearMethodBase):
         if before is not None:
             self._replace(layer, before, layout, tensors)
             return
-        self.layers.add(layout.name, layout.weights, tensors.values())
+        self.layers.add(layout.name, layout, tensors.values())
         for name, tensor in tensors.items():
             parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, parameter)
@@ -139,7 +141,7 @@ class VPTQDequantizedLinearMethod(VPTQLinearMethod):
         if getattr(layer, "weight", None) is not None:
             layer.weight.data.copy_(weight)
             return
-        self.layers.add("dequantized", layout.weights, [weight])
+        self.layers.add("dequantized", layout, [weight])
         layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
         layer.quant_method = UnquantizedLinearMethod()
         layer.quant_method.process_weights_after_loading(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -107,16 +108,19 @@ def _of(
 class Layers:
     """The quantized layers of a model: which layout each gets, and what they hold, logged when the last is laid out.
 
-    ``memory_share``: of the GPU's memory, that vLLM may use.
+    ``memory_share``: of the GPU's memory, that vLLM may use. ``graph_key``: what vLLM hashes to find compiled graphs of
+    an earlier run; they hold plans, which depend on the layouts and, with lists, on the weights.
     """
 
     def __init__(self) -> None:
         self.awaited = 0
         self.memory_share = 1.0
+        self.graph_key: dict[str, Any] = {}
         self.weights: dict[str, int] = {}
         self.nbytes: dict[str, int] = {}
         self._loaded: dict[str, Callable[[], Sequence[ModuleShard]]] = {}
         self._chosen: dict[str, str] = {}
+        self._plans = hashlib.sha256()
 
     def expect(self, name: str, loaded: Callable[[], Sequence[ModuleShard]]) -> None:
         """Announces a layer; ``loaded`` gives its shards once they are complete, and nothing before or afterwards."""
@@ -156,14 +160,18 @@ class Layers:
                 "(%s chooses otherwise)", len(found), counts, memory.ROOM * usable / 2**30, LAYOUT,
             )  # fmt: skip
 
-    def add(self, kind: str, weights: int, tensors: Iterable[Tensor | None]) -> None:
-        """Counts a layer of ``weights`` weights that has been laid out."""
+    def add(self, kind: str, layout: LayerLayout, tensors: Iterable[Tensor | None]) -> None:
+        """Counts a layer that has been laid out as ``kind``."""
+        weights = layout.weights
+        self._plans.update(repr((kind, layout.plan)).encode())
         size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
         self.weights[kind] = self.weights.get(kind, 0) + weights
         self.nbytes[kind] = self.nbytes.get(kind, 0) + size
         self.awaited -= 1
         if not self.awaited:
             logger.info("VPTQ weights: %s", self)
+            # A draft model has layers of its own.
+            self.graph_key["vllm_vptq"] = self.graph_key.get("vllm_vptq", "") + self._plans.hexdigest()[:16]
 
     def __str__(self) -> str:
         return ", ".join(
