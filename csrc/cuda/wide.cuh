@@ -166,9 +166,9 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   // Of entries of 16 elements, two lanes want the halves: they share a code.
   const bool halves_of_16 = kKind == Kind::kFar && job.width == 16;
   auto load_size = [&] { return kKind == Kind::kFar && job.width == 16 ? 16 : 32; };  // costs no register
-  const int row_size = job.row_words / 4, res_row_loads = job.list_tiles / 128;
+  const int row_loads = job.row_words / 4 / load_size(), res_row_loads = job.list_tiles / 128;
   const int any_row = mine ? row : job.row_begin;
-  const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(any_row) * row_size +
+  const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(any_row) * row_loads * load_size() +
                        (halves_of_16 ? lane / 2 : lane);
   const uint4* res_codes = reinterpret_cast<const uint4*>(layer.codes + job.lists) + size_t(any_row) * res_row_loads * 32 + lane;
   uint4 now[kLoads + kMore], next[kLoads + kMore];
@@ -177,8 +177,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     for (int l = 0; l < kLoads; l++) {
       const int load = (first_granule + granule) * kLoads + l;
       next[l] = make_uint4(0, 0, 0, 0);
-      const int at = load * load_size();
-      if (granule < granules && at < row_size && mine) next[l] = load_once(codes + at);
+      if (granule < granules && load < row_loads && mine) next[l] = load_once(codes + load * load_size());
     }
     if constexpr (kMore) {
       const int load = first_granule + granule;
