@@ -120,7 +120,11 @@ class Layers:
         self.nbytes: dict[str, int] = {}
         self._loaded: dict[str, Callable[[], Sequence[ModuleShard]]] = {}
         self._chosen: dict[str, str] = {}
-        self._plans = hashlib.sha256()
+        self._plans = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """vLLM pickles its configuration, of which this is part; layers stay where they are."""
+        return {**self.__dict__, "_loaded": {}}
 
     def expect(self, name: str, loaded: Callable[[], Sequence[ModuleShard]]) -> None:
         """Announces a layer; ``loaded`` gives its shards once they are complete, and nothing before or afterwards."""
@@ -163,7 +167,7 @@ class Layers:
     def add(self, kind: str, layout: LayerLayout, tensors: Iterable[Tensor | None]) -> None:
         """Counts a layer that has been laid out as ``kind``."""
         weights = layout.weights
-        self._plans.update(repr((kind, layout.plan)).encode())
+        self._plans = hashlib.sha256(repr((self._plans, kind, layout.plan)).encode()).hexdigest()[:16]
         size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
         self.weights[kind] = self.weights.get(kind, 0) + weights
         self.nbytes[kind] = self.nbytes.get(kind, 0) + size
@@ -171,7 +175,7 @@ class Layers:
         if not self.awaited:
             logger.info("VPTQ weights: %s", self)
             # A draft model has layers of its own.
-            self.graph_key["vllm_vptq"] = self.graph_key.get("vllm_vptq", "") + self._plans.hexdigest()[:16]
+            self.graph_key["vllm_vptq"] = self.graph_key.get("vllm_vptq", "") + self._plans
 
     def __str__(self) -> str:
         return ", ".join(
