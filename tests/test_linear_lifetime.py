@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -124,6 +126,33 @@ def test_loading_again_with_another_layout_is_refused(rank):
     finish(layer)
     with refusal("another layout", "new engine", name="l.o_proj"):
         load(layer, [second], [None])
+
+
+def test_compiled_graphs_are_found_again_only_for_the_same_plans(rank):
+    """They hold the plans as constants, and vLLM's key for them says nothing of how weights are laid out.
+
+    Two ranks, two groups, as above: another permutation is another plan.
+    """
+    rank(0, 2)
+
+    def keys(perm: torch.Tensor) -> list[str]:
+        specs = [LayerSpec(24, 8, 4, 16, group_num=2, enable_perm=True), LayerSpec(24, 8, 4, 16)]
+        modules = [Module(f"l.{leaf}", spec, 0) for leaf, spec in zip(("o_proj", "down_proj"), specs, strict=True)]
+        modules[0].tensors["perm"] = perm.to(torch.int16)
+        config, quantization = VllmConfig(), make_config(*modules)
+        found = [config.compute_hash()]
+        with set_current_vllm_config(config):
+            layers = [RowParallelLinear(24, 8, bias=False, quant_config=quantization, prefix=m.name) for m in modules]
+        for layer, module in zip(layers, modules, strict=True):
+            load(layer, [module], [None])
+            finish(layer)
+            found.append(config.compute_hash())
+        pickle.loads(pickle.dumps(quantization))  # as vLLM does, and with it go no layers
+        return found
+
+    first, again, other = (keys(perm) for perm in (torch.arange(24), torch.arange(24), torch.arange(24).roll(6)))
+    assert first == again and first[:2] == other[:2] == [first[0]] * 2
+    assert len({first[0], first[2], other[2]}) == 3
 
 
 def test_vllms_layerwise_reload_is_refused(rank):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
@@ -33,14 +34,14 @@ class VPTQLinearMethod(LinearMethodBase):
     """The linear method of one (possibly fused) layer.
 
     ``modules`` are the checkpoint modules behind it, in output order; a spec of None is a module left dense.
-    ``resident`` adds up what the layers of the model hold.
+    ``layers`` are those of the model, which share its memory.
     """
 
-    def __init__(self, prefix: str, modules: Modules, resident: choice.Resident) -> None:
+    def __init__(self, prefix: str, modules: Modules, layers: choice.Layers) -> None:
         self.prefix = prefix
         self.modules = modules
-        self.resident = resident
-        resident.awaited += 1
+        self.layers = layers
+        layers.awaited += 1
 
     def create_weights(
         self,
@@ -57,6 +58,12 @@ class VPTQLinearMethod(LinearMethodBase):
         layer.vptq_dtype = params_dtype
         layer.vptq_layout = None
         intake = layer.vptq_intake = Intake(sources, device, on_ready=partial(self._reloaded, layer))
+        config = get_current_vllm_config_or_none()
+        if config is not None:
+            self.layers.memory_share = config.cache_config.gpu_memory_utilization
+            if isinstance(config.additional_config, dict):
+                self.layers.graph_key = config.additional_config
+        self.layers.expect(self.prefix, intake.loaded)
         for tensor in sorted(intake.tensor_names()):
             _add_placeholder(layer, tensor, _loader(self.prefix, intake, tensor), params_dtype)
 
@@ -77,7 +84,7 @@ class VPTQLinearMethod(LinearMethodBase):
         if before is not None:
             self._replace(layer, before, layout, tensors)
             return
-        self.resident.add(layout.name, layout.weights, tensors.values())
+        self.layers.add(layout.name, layout, tensors.values())
         for name, tensor in tensors.items():
             parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, parameter)
@@ -85,9 +92,14 @@ class VPTQLinearMethod(LinearMethodBase):
     def _lay_out(self, layer: torch.nn.Module) -> tuple[choice.LayerLayout, dict[str, Tensor | None]]:
         """Turns the shards into kernel tensors, in the layout the layer has if it was loaded before."""
         intake: Intake = layer.vptq_intake
-        kind = None if layer.vptq_layout is None else layer.vptq_layout.name
-        layer.vptq_layout, tensors = choice.build(self.prefix, intake.release(), layer.vptq_dtype, intake.device, kind)
+        choose = partial(self._choose, layer)
+        layer.vptq_layout, tensors = choice.build(self.prefix, intake.loaded(), layer.vptq_dtype, intake.device, choose)
+        intake.release()
         return layer.vptq_layout, tensors
+
+    def _choose(self, layer: torch.nn.Module) -> str:
+        before: choice.LayerLayout | None = layer.vptq_layout
+        return before.name if before else self.layers.choose(self.prefix, layer.vptq_intake.device)
 
     def _replace(
         self,
@@ -129,7 +141,7 @@ class VPTQDequantizedLinearMethod(VPTQLinearMethod):
         if getattr(layer, "weight", None) is not None:
             layer.weight.data.copy_(weight)
             return
-        self.resident.add("dequantized", layout.weights, [weight])
+        self.layers.add("dequantized", layout, [weight])
         layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
         layer.quant_method = UnquantizedLinearMethod()
         layer.quant_method.process_weights_after_loading(layer)

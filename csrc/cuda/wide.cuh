@@ -163,9 +163,13 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
 
   const int first_granule = job.column_begin / kGranule;
   const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
-  const int row_loads = job.row_words / 128, res_row_loads = job.list_tiles / 128;
+  // Of entries of 16 elements, two lanes want the halves: they share a code.
+  const bool halves_of_16 = kKind == Kind::kFar && job.width == 16;
+  auto load_size = [&] { return kKind == Kind::kFar && job.width == 16 ? 16 : 32; };  // costs no register
+  const int row_loads = job.row_words / 4 / load_size(), res_row_loads = job.list_tiles / 128;
   const int any_row = mine ? row : job.row_begin;
-  const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(any_row) * row_loads * 32 + lane;
+  const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(any_row) * row_loads * load_size() +
+                       (halves_of_16 ? lane / 2 : lane);
   const uint4* res_codes = reinterpret_cast<const uint4*>(layer.codes + job.lists) + size_t(any_row) * res_row_loads * 32 + lane;
   uint4 now[kLoads + kMore], next[kLoads + kMore];
   auto load_codes = [&](int granule) {
@@ -173,7 +177,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     for (int l = 0; l < kLoads; l++) {
       const int load = (first_granule + granule) * kLoads + l;
       next[l] = make_uint4(0, 0, 0, 0);
-      if (granule < granules && load < row_loads && mine) next[l] = load_once(codes + load * 32);
+      if (granule < granules && load < row_loads && mine) next[l] = load_once(codes + load * load_size());
     }
     if constexpr (kMore) {
       const int load = first_granule + granule;
@@ -196,7 +200,6 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   const uint32_t res_base = kKind == Kind::kBytePairs ? base + ((job.book_rows + 7) & ~7) * job.copies * 16 : base;
   const uint32_t gathered = shared_address(books) + (kMore ? ((job.res_rows + 7) & ~7) * 8 * 16 : 0) + warp * kFarBytes;
   // Both halves of an entry of 32 bytes are asked for by neighbouring lanes, that they be fetched once.
-  const bool halves_of_16 = job.width == 16;
   const uint32_t gather_to = gathered + (halves_of_16 ? lane / 2 % 8 + lane % 2 * 8 + lane / 16 * 16 : lane) * 16;
   const uint4* far = static_cast<const uint4*>(layer.books) + job.book + job.plane + (halves_of_16 ? lane % 2 : 0);
   auto gather = [&](int chunk, bool wanted) {  // of the granule whose codes are `next`
