@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantize import native
+from quantize.sums import IndexedSums
 
 _CHUNK = 1 << 23
 """Distances held at a time."""
@@ -147,7 +148,7 @@ def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def _means(points: Tensor, weights: Tensor, index: Tensor, book: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted means of the points of every centroid, and their mass; one without points stays where it is."""
     weighted = torch.cat([points * weights[:, None], weights[:, None]], 1)
-    sums = torch.zeros(len(book), book.shape[1] + 1, device=book.device).index_add_(0, index, weighted)
+    sums = IndexedSums(index, len(book))(weighted)
     total, mass = sums[:, :-1], sums[:, -1]
     return torch.where((mass > 0)[:, None], total / mass.clamp_min(1e-30)[:, None], book), mass
 

@@ -98,27 +98,33 @@ class _State:
         self.spec, self.recipe, self.dtype = spec, recipe, dtype
         out, columns = target.shape
         self.groups = row_groups(out, len(moments), spec)
-        damped, dead = zip(*(damp(moment, recipe.damping) for moment in moments), strict=True)
-        silent = torch.stack(dead).all(0)
+        damped = [damp(moment, recipe.damping) for moment in moments]
+        silent = torch.stack([dead for _, dead in damped]).all(0)
         self.weight = target.masked_fill(silent[None, :], 0.0).T
         self.scale = torch.ones(columns, device=target.device)
         self.shift = torch.zeros(columns, device=target.device)
         if spec.enable_norm:
             shift = self.weight.mean(1)
             self._set_norm((self.weight - shift[:, None]).square().mean(1).sqrt(), shift)
-        total = sum(m.diagonal() * (g.stop - g.start) for m, g in zip(damped, self.groups, strict=True))
+        total = sum(m.diagonal() * (g.stop - g.start) for (m, _), g in zip(damped, self.groups, strict=True))
         # One pair of books needs no stored order: the order of coding is then nobody's business but ours.
         self.order = torch.arange(columns, device=target.device)
         self.reordered = spec.enable_perm or (spec.group_num == 1 and not spec.outlier_size)
         if self.reordered:
             importance = torch.as_tensor(total) * self.scale.square()
             self.order = importance.argsort(descending=True, stable=True)
-        self.raw = [moment[self.order][:, self.order] for moment in damped]
+        self.raw: list[Tensor] = []
+        while damped:  # one after another: those of 70B models hold 3 GiB each
+            self.raw.append(damped.pop(0)[0][self.order][:, self.order])
         self.weight = self.weight[self.order]
         self.scale, self.shift = self.scale[self.order], self.shift[self.order]
         self.segments = _segments(spec, target.device)
         self.codes: list[list[Codes]] = []
         self.slabs = self._slabs()
+        self.energy = sum(
+            float((raw @ self.weight[:, rows] * self.weight[:, rows]).sum())
+            for raw, rows in zip(self.raw, self.groups, strict=True)
+        )
 
     def _set_norm(self, scale: Tensor, shift: Tensor) -> None:
         """Rounds the norm to what is stored, so that whoever codes after it sees and mends the rounding."""
@@ -202,13 +208,11 @@ class _State:
 
     def error(self) -> float:
         """The relative error so far, by the damped moments."""
-        missed = total = 0.0
-        for slab, raw, rows, coded in zip(self.slabs, self.raw, self.groups, self._decoded(), strict=True):
+        missed = 0.0
+        for slab, coded in zip(self.slabs, self._decoded(), strict=True):
             error = slab.target - coded
             missed += float((slab.moment @ error * error).sum())
-            weight = self.weight[:, rows]
-            total += float((raw @ weight * weight).sum())
-        return missed / max(total, 1e-30)
+        return missed / max(self.energy, 1e-30)
 
     def _decoded(self) -> list[Tensor]:
         pairs = zip(self.slabs, self.codes, strict=True)
