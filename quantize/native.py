@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from vllm_vptq.build import BuildError, cpu_library, cuda_library
 
 logger = logging.getLogger(__name__)
 
-Argument = Tensor | int | None
+Argument: TypeAlias = "Tensor | int | None"
 
 
 def available(device: torch.device) -> bool:

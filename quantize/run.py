@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantize.model import Block
@@ -26,7 +27,14 @@ class Run:
     parts: Parts
     report: Report
     ids: Tensor
-    """Calibration tokens int64 ``[sequences, context]``, on the device."""
+    """Calibration tokens int64 ``[sequences, context]``, on the first device."""
+    devices: list[torch.device]
+    """What layers are coded on; the first one runs the blocks."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that runs the blocks."""
+        return self.devices[0]
 
     def id_batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
         """The calibration sequences in batches of about so many tokens."""
