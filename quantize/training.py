@@ -60,10 +60,14 @@ def put_tuned(run: Run, plan: Plan, block: Block) -> None:
 
 
 def _coded_linears(run: Run, plan: Plan, names: list[str]) -> dict[str, CodedLinear]:
+    """Coded linears to be trained, with biases of their own, as their block's training left them."""
     coded = {}
     for name in names:
         tensors = {key: tensor.to(run.device) for key, tensor in run.tensors(name).items()}
-        coded[name] = CodedLinear(tensors, plan.specs[name], run.model.get_submodule(name).bias)
+        bias = run.model.get_submodule(name).bias
+        if bias is not None:
+            bias = nn.Parameter(run.trained(name).get(f"{name}.bias", bias.detach()).to(run.device, copy=True))
+        coded[name] = CodedLinear(tensors, plan.specs[name], bias)
     return coded
 
 
@@ -83,12 +87,10 @@ def _finetune_model(run: Run, plan: Plan) -> None:
     with torch.no_grad():
         student = _copy_without(run.model, coded)
     replace_linears(student, coded.items())
-    for block in run.blocks:
-        if tuned_part(block) in run.parts:
-            trained = run.parts.load(tuned_part(block))
-            for name, parameter in student.named_parameters():
-                if name in trained and name.startswith(f"{block.name}.") and name.rpartition(".")[0] not in coded:
-                    parameter.data = trained[name].to(parameter.device)
+    for name, parameter in student.named_parameters():
+        trained = run.trained(name).get(name)
+        if trained is not None and name.rpartition(".")[0] not in coded:  # a norm
+            parameter.data = trained.to(run.device, copy=True)
     settings = run.recipe.finetune
     training = Training(trainable(student), settings.rate, settings.steps)
     if "training" in run.parts:

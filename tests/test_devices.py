@@ -15,6 +15,7 @@ from quantize.errors import QuantizeError
 from quantize.evaluate import load_any
 from quantize.model import decoder_blocks, first_inputs
 from quantize.moments import output_gradients
+from quantize.recipe import BlockTuning, Finetuning
 from tests.tiny import COARSE, read, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
@@ -123,7 +124,8 @@ def test_a_run_does_not_touch_the_weights_it_was_given(
     loaded: list[nn.Module] = []
     load = pipeline.load
     monkeypatch.setattr(pipeline, "load", lambda model: loaded.append((made := load(model))[0]) or made)
-    run(tied, tmp_path / "out", COARSE.model_copy(update={"calibration": (str(text_file),)}))
+    training = {"finetune": Finetuning(steps=3, tokens=256), "finetune_blocks": BlockTuning(steps=3)}
+    run(tied, tmp_path / "out", COARSE.model_copy(update={"calibration": (str(text_file),)} | training))
     original = load_any(str(tied), CPU)[0].state_dict()
     found: dict[str, Tensor] = loaded[0].state_dict()
     assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in original.items())
