@@ -27,7 +27,7 @@ def cuda_library(name: str) -> ctypes.CDLL:
     names = tuple(architecture(gpu) for gpu in gpus())
     target = folder() / f"{name}-cuda-{key(contents([source]), toolkit.version, *NVCC_FLAGS, *names)}.so"
     if not target.exists():
-        logger.info("Building %s for %s: about half a minute, once", source.name, ", ".join(names))
+        logger.info("Building %s for %s: about 20 s, once", source.name, ", ".join(names))
     build_once(target, lambda private: compile_library(toolkit, source, private / f"{name}.so", names))
     return ctypes.CDLL(str(target))
 
