@@ -171,22 +171,24 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(any_row) * row_loads * load_size() +
                        (halves_of_16 ? lane / 2 : lane);
   const uint4* res_codes = reinterpret_cast<const uint4*>(layer.codes + job.lists) + size_t(any_row) * res_row_loads * 32 + lane;
-  uint4 now[kLoads + kMore], next[kLoads + kMore];
-  auto load_codes = [&](int granule) {
+  // Codes of this granule and the next; and, where those of the next are needed at once to gather, of the one after it.
+  using Codes = uint4[kLoads + kMore];
+  Codes now, next, after;
+  auto load_codes = [&](Codes& to, int granule) {
 #pragma unroll
     for (int l = 0; l < kLoads; l++) {
       const int load = (first_granule + granule) * kLoads + l;
-      next[l] = make_uint4(0, 0, 0, 0);
-      if (granule < granules && load < row_loads && mine) next[l] = load_once(codes + load * load_size());
+      to[l] = make_uint4(0, 0, 0, 0);
+      if (granule < granules && load < row_loads && mine) to[l] = load_once(codes + load * load_size());
     }
     if constexpr (kMore) {
       const int load = first_granule + granule;
-      next[kLoads] = make_uint4(0, 0, 0, 0);
-      if (granule < granules && load < res_row_loads && mine) next[kLoads] = load_once(res_codes + load * 32);
+      to[kLoads] = make_uint4(0, 0, 0, 0);
+      if (granule < granules && load < res_row_loads && mine) to[kLoads] = load_once(res_codes + load * 32);
     }
   };
   // What step `s` of a granule (a constant) looks up in the first or the second book.
-  auto code = [&](const uint4 (&words)[kLoads + kMore], int s, bool second) -> unsigned {
+  auto code = [&](const Codes& words, int s, bool second) -> unsigned {
     const bool bytes = kKind == Kind::kBytes || (kMore && second);
     const uint4& load = words[kMore && second ? kLoads : bytes ? 0 : s / 8];
     const int at = bytes ? s / 4 : s % 8 / 2;
@@ -213,7 +215,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     copy_async_commit();
   };
   unsigned a[kBuffers][2][4];
-  auto look_up = [&](const uint4 (&words)[kLoads + kMore], int chunk) {
+  auto look_up = [&](const Codes& words, int chunk) {
     auto& fragments = a[chunk % kBuffers];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -230,8 +232,9 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   float sums[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; i++) sums[i] = 0.f;
-  load_codes(0);
+  load_codes(next, 0);
   if constexpr (kFar) {
+    load_codes(after, 1);
 #pragma unroll
     for (int c = 0; c < kChunks; c++) gather(c, true);
     copy_async_wait<kChunks - kAhead>();
@@ -244,8 +247,11 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   };
   for (int g = 0; g < granules; g++) {
 #pragma unroll
-    for (int l = 0; l < kLoads + kMore; l++) now[l] = next[l];
-    load_codes(g + 1);
+    for (int l = 0; l < kLoads + kMore; l++) {
+      now[l] = next[l];
+      if (kFar) next[l] = after[l];
+    }
+    load_codes(kFar ? after : next, g + (kFar ? 2 : 1));
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
       // While this chunk is multiplied, the one before may still be; those after it are looked up.
