@@ -30,6 +30,7 @@ struct Plan {
   int64_t stationary, out_features, in_features, shared_bytes, direct_tokens;
   struct Variant {  // for calls of up to max_tokens; places in `work`; floats of workspace per token
     int64_t max_tokens, wide, stride, jobs_at, starts_at, thread_blocks, modules_at, parts_at;
+    int64_t preparations_at, chunks, prepared_columns;  // chunks of prepare.cu; elements of a token's prepared row
     std::vector<Module> modules;
     std::vector<Part> parts;
   };
@@ -51,7 +52,8 @@ struct Plan {
     const int64_t modules = take();
     for (auto& v : variants) {
       for (int64_t* field :
-           {&v.max_tokens, &v.wide, &v.stride, &v.jobs_at, &v.starts_at, &v.thread_blocks, &v.modules_at, &v.parts_at})
+           {&v.max_tokens, &v.wide, &v.stride, &v.jobs_at, &v.starts_at, &v.thread_blocks, &v.modules_at, &v.parts_at,
+            &v.preparations_at, &v.chunks, &v.prepared_columns})
         *field = take();
       const int64_t parts = take();
       v.modules.resize(modules);
@@ -109,16 +111,20 @@ struct Call {
         workspace = at::empty({count * v.stride}, x.options().dtype(at::kFloat));
       float* sums = workspace.mutable_data_ptr<float>();
       const Tokens part{static_cast<const char*>(x.const_data_ptr()) + first * x.size(1) * size, x.size(1), count};
-      const Job* jobs = reinterpret_cast<const Job*>(at(v.jobs_at));
+      const Launch work{reinterpret_cast<const Job*>(at(v.jobs_at)), at(v.starts_at), int(v.thread_blocks), sums, v.stride,
+                        int(plan.shared_bytes), stream};
       if (v.wide >= 0) {
+        const Tensor room = at::empty({count * v.prepared_columns}, x.options());
+        const Tokens prepared{room.const_data_ptr(), v.prepared_columns, count};
+        if (v.chunks)
+          C10_CUDA_CHECK(prepare(type, layer, part, reinterpret_cast<const Preparation*>(at(v.preparations_at)), v.chunks,
+                                 room.mutable_data_ptr(), v.prepared_columns, sums, v.stride, stream));
         const auto wide = type == Type::kHalf ? multiply_wide_half : multiply_wide_bfloat16;
-        C10_CUDA_CHECK(wide(Kind(v.wide), layer, part, v.max_tokens, jobs, at(v.starts_at), v.thread_blocks, sums, v.stride,
-                            plan.shared_bytes, stream));
+        C10_CUDA_CHECK(wide(Kind(v.wide), layer, part, prepared, v.max_tokens, work));
       } else if (plan.stationary) {
-        C10_CUDA_CHECK(multiply(type, layer, part, jobs, at(v.starts_at), v.thread_blocks, sums, v.stride,
-                                plan.shared_bytes, stream));
+        C10_CUDA_CHECK(multiply(type, layer, part, work));
       } else {
-        C10_CUDA_CHECK(multiply_compact(type, layer, part, jobs, v.thread_blocks, sums, v.stride, stream));
+        C10_CUDA_CHECK(multiply_compact(type, layer, part, work));
       }
       C10_CUDA_CHECK(finish(type, v.modules.data(), v.modules.size(), v.parts.data(), v.parts.size(),
                             reinterpret_cast<const Module*>(at(v.modules_at)),
@@ -204,7 +210,8 @@ Tensor lookup_linear(const Tensor& x, const Tensor& codes, const Tensor& books, 
   shape.back() = plan.out_features;
   Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
-  const Tensor rows = x.reshape({-1, plan.in_features}).contiguous();
+  Tensor rows = x.reshape({-1, plan.in_features}).contiguous();
+  if (reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16) rows = rows.clone();  // copied 16 bytes at a time
   Tensor out = y.view({-1, plan.out_features});
   optional<Tensor> added;
   if (bias) added = bias->to(x.scalar_type()).contiguous();

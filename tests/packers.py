@@ -153,7 +153,7 @@ for _op in (pack_sliced, pack_resident):
 # ---------------------------------------------------------------------------------------------------------------
 # Plan
 
-_SIZES = {work.Job: 24, work.Part: 8, work.Module: 8}
+_SIZES = {work.Job: 24, work.Part: 8, work.Module: 9, work.Preparation: 6}
 
 
 class Plan:
@@ -180,7 +180,13 @@ class Plan:
         self.variants = []
         for _ in range(sizes.variants):
             v = take("max_tokens", "wide", "stride", "jobs_at", "starts_at", "thread_blocks", "modules_at", "parts_at")
+            placed = take("preparations_at", "chunks", "prepared_columns")
             parts = next(rest)
+            v.prepared_columns, v.preparations = placed.prepared_columns, []
+            while sum(p.chunks for p in v.preparations) < placed.chunks:
+                at = placed.preparations_at + len(v.preparations) * _SIZES[work.Preparation]
+                v.preparations += stored(work.Preparation, at, 1)
+            assert sum(p.chunks for p in v.preparations) == placed.chunks
             v.modules, v.parts = here(work.Module, sizes.modules), here(work.Part, parts)
             # On the device too, for layers of many modules.
             assert v.modules == stored(work.Module, v.modules_at, sizes.modules)
@@ -224,12 +230,13 @@ class Plan:
 
 
 def _check_dots(v: SimpleNamespace, dots: list[work.Job]) -> None:
-    """Every token once, for every module with a norm."""
-    places = [m.dot for m in v.modules if m.dot != ABSENT]
-    assert sorted(set(places)) == sorted(places) and {job.out for job in dots} == set(places)
-    for place in places:
-        tokens = sorted((job.row_begin, job.row_end) for job in dots if job.out == place)
-        assert [lo for lo, _ in tokens] == [0, *(hi for _, hi in tokens[:-1])] and tokens[-1][1] == v.max_tokens
+    """All tokens at once, every part of the product once: by jobs, or before them."""
+    parts = sorted(m.dot + i for m in v.modules for i in range(m.dots))
+    assert len(set(parts)) == len(parts) and all((m.dot == ABSENT) == (m.dots == 0) for m in v.modules)
+    made = [job.out for job in dots] + [p.dot + i for p in v.preparations if p.dot != ABSENT for i in range(p.chunks)]
+    assert sorted(made) == parts
+    assert not dots or (v.max_tokens <= 8 or v.wide == ABSENT)
+    assert all((job.row_begin, job.row_end) == (0, v.max_tokens) for job in dots)
 
 
 def _check_few(max_tokens: int, jobs: list[work.Job]) -> None:
@@ -253,6 +260,8 @@ def _check_wide(v: SimpleNamespace, jobs: list[work.Job]) -> None:
         assert job.row_begin % WIDE_TILES == 0 and job.row_end <= job.row_begin + WIDE_TILES
         assert job.column_begin % GRANULE == 0 and (job.scale == ABSENT or job.scale % 4 == 0)  # loaded by four
         assert job.width == 8 or (job.kind == Kind.FAR and job.width == 16)
+        if job.source != ABSENT:
+            assert job.source % 8 == 0 and job.scale == job.column_list == ABSENT
         (p,) = (i for i, part in enumerate(v.parts) if 0 <= job.out - part.out < part.splits * part.stride)
         split, rest = divmod(job.out - v.parts[p].out, v.parts[p].stride)
         assert rest == 0 and job.row_end * TILE_OUTPUTS <= v.parts[p].stride and job.width == v.parts[p].width

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kCompactThreads)
   let_next_start();
   wait_for_previous();
   if (Kind(job.kind) == Kind::kDot) {
-    __shared__ float sums[2 * kCompactThreads / 32];
+    __shared__ float sums[8 * kCompactThreads / 32];
     multiply_dot<T>(layer, tokens, job, workspace, stride, sums);
     return;
   }
@@ -154,10 +154,10 @@ __global__ void __launch_bounds__(kCompactThreads)
 
 }  // namespace
 
-cudaError_t multiply_compact(Type type, const Layer& layer, const Tokens& tokens, const Job* jobs, int job_count,
-                             float* workspace, int64_t stride, cudaStream_t stream) {
+cudaError_t multiply_compact(Type type, const Layer& layer, const Tokens& tokens, const Launch& work) {
   auto go = [&](auto kernel) {
-    return launch(kernel, dim3(job_count), kCompactThreads, 0, stream, true, layer, tokens, jobs, workspace, stride);
+    return launch(kernel, dim3(work.thread_blocks), kCompactThreads, 0, work.stream, true, layer, tokens, work.jobs,
+                  work.workspace, work.stride);
   };
   auto count = [&](auto one, auto two, auto four, auto eight) {
     return tokens.count == 1 ? go(one) : tokens.count == 2 ? go(two) : tokens.count <= 4 ? go(four) : go(eight);

@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
 #pragma unroll
     for (int o = 1; o < Share; o *= 2) products[i] += __shfl_xor_sync(together, products[i], o);
     const int token = blockIdx.y * Each + i;
-    const float dot = module.dot < 0 ? 0.f : __ldcg(sums[i] + module.dot);
+    float dot = 0.f;
+    for (int d = 0; d < module.dots; d++) dot += __ldcg(sums[i] + module.dot + d);
     if (mine == 0 && token < tokens)
       y[int64_t(token) * out_features + output] = Number<T>::narrow(products[i] * factor + dot * offset + added);
   }

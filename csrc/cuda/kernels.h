@@ -35,7 +35,7 @@ struct Job {
   int index_bits, res_bits;
   int shift;       // dot: offset in `norm` of what to multiply by, or -1 for ones
   int width;       // far: 16 outputs are two planes of a vector row; or 8, and they are one of two vector rows
-  int padding;     // to a multiple of 16 bytes
+  int source;      // wide.cuh: where its columns begin in a row of prepared activations, or -1 if it takes them as they are
 };
 static_assert(sizeof(Job) == 96, "24 int32");
 
@@ -54,12 +54,26 @@ static_assert(sizeof(Part) == 32, "8 int32");
 struct Module {
   int out_begin, out_end;
   int part_begin, part_end;
-  int dot;    // offset in a token's row of the workspace of one number for all outputs, or -1
+  int dot;    // offset in a token's row of the workspace of numbers whose sum is meant for all outputs, or -1
+  int dots;   // how many
   int scale;  // row norm: offset in `norm` of a factor per output, or -1
   int shift;  // row norm: offset of what the dot product is multiplied by, or -1
   int dense;  // outputs come from elsewhere: leave them
 };
-static_assert(sizeof(Module) == 32, "8 int32");
+static_assert(sizeof(Module) == 36, "9 int32");
+
+constexpr int kPrepareColumns = 2048;  // of a block of prepare.cu
+
+// What is done once to activations that many blocks want: columns gathered and scaled, a norm's dot product.
+struct Preparation {
+  int scale;        // offset in `norm` of a factor per input, or -1
+  int column_list;  // offset in `columns`, or -1: columns are the input's
+  int columns;
+  int at;           // where they go in a row of prepared activations, a multiple of 8; or -1
+  int shift;        // offset in `norm` of what the dot product is with, or -1 for ones
+  int dot;          // where the dot product of each kPrepareColumns goes in a token's row of the workspace, or -1
+};
+static_assert(sizeof(Preparation) == 24, "6 int32");
 
 enum class Type : int { kHalf = 0, kBfloat16 = 1 };
 
@@ -76,19 +90,29 @@ struct Tokens {
   int count;
 };
 
-// Sums into the workspace [tokens, stride] (float32); thread block i takes jobs starts[i] to starts[i + 1]. Of up to 16
-// tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs
-// with look-ups being of kind `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
-cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, int slots, const Job* jobs,
-                               const int32_t* starts, int thread_blocks, float* workspace, int64_t stride,
-                               int shared_bytes, cudaStream_t);
-cudaError_t multiply_wide_bfloat16(Kind only, const Layer&, const Tokens&, int slots, const Job* jobs,
-                                   const int32_t* starts, int thread_blocks, float* workspace, int64_t stride,
-                                   int shared_bytes, cudaStream_t);
-cudaError_t multiply(Type type, const Layer&, const Tokens&, const Job* jobs, const int32_t* starts, int thread_blocks,
-                     float* workspace, int64_t stride, int shared_bytes, cudaStream_t);
-cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Job* jobs, int thread_blocks,
-                             float* workspace, int64_t stride, cudaStream_t);
+// The jobs of a call: thread block i takes jobs starts[i] to starts[i + 1]; their sums go to the workspace [tokens, stride].
+struct Launch {
+  const Job* jobs;
+  const int32_t* starts;
+  int thread_blocks;
+  float* workspace;
+  int64_t stride;
+  int shared_bytes;
+  cudaStream_t stream;
+};
+
+// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs with look-ups being of kind
+// `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
+cudaError_t multiply(Type type, const Layer&, const Tokens&, const Launch&);
+cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots, const Launch&);
+cudaError_t multiply_wide_bfloat16(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
+                                   const Launch&);
+cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Launch&);
+
+// Activations [tokens, prepared_stride] for multiply_wide, and dot products into the workspace; `chunks` is how many
+// times kPrepareColumns the records have, each rounded up.
+cudaError_t prepare(Type type, const Layer&, const Tokens&, const Preparation* records, int chunks,
+                    void* prepared, int64_t prepared_stride, float* workspace, int64_t stride, cudaStream_t);
 
 // y [tokens, out_features] of the sums: splits added in order, norm and bias applied, rounded once. The records are
 // taken from the host where they fit a kernel's arguments, else from the device.

@@ -7,6 +7,13 @@
 namespace vptq {
 namespace {
 
+template <typename T>
+__device__ __noinline__ void multiply_dot_apart(const Layer& layer, const Tokens& tokens, const Job& job,
+                                                float* workspace, int64_t stride, float* shared) {
+  multiply_dot<T>(layer, tokens, job, workspace, stride, shared);
+}
+
+
 // For one token, or up to 8 or 16. 112 registers a thread leave room for blocks of `finish_kernel`: those of the
 // layer before would otherwise keep this kernel's from starting.
 template <typename T, int Slots>
@@ -48,36 +55,32 @@ __global__ void __maxnreg__(112)
         break;
       default:
         wait_for_previous();
-        multiply_dot<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(shared));
+        multiply_dot_apart<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(shared));
     }
   }
 }
 
 template <typename T, int Slots>
-cudaError_t run(const Layer& layer, const Tokens& tokens, const Job* jobs, const int32_t* starts, int thread_blocks,
-                float* workspace, int64_t stride, int shared_bytes, cudaStream_t stream) {
+cudaError_t run(const Layer& layer, const Tokens& tokens, const Launch& work) {
   auto kernel = multiply_kernel<T, Slots>;
   // Cheap, and the attribute belongs to the current device: setting it at every launch spares a table of devices.
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, dim3(thread_blocks), kThreads, shared_bytes, stream, true, layer, tokens, jobs, starts,
-                workspace, stride);
+  return launch(kernel, dim3(work.thread_blocks), kThreads, work.shared_bytes, work.stream, true, layer, tokens, work.jobs,
+                work.starts, work.workspace, work.stride);
+}
+
+template <typename T>
+cudaError_t run_for(const Layer& layer, const Tokens& tokens, const Launch& work) {
+  if (tokens.count == 1) return run<T, 1>(layer, tokens, work);
+  return tokens.count <= 8 ? run<T, 8>(layer, tokens, work) : run<T, 16>(layer, tokens, work);
 }
 
 }  // namespace
 
-cudaError_t multiply(Type type, const Layer& layer, const Tokens& tokens, const Job* jobs, const int32_t* starts,
-                     int thread_blocks, float* workspace, int64_t stride, int shared_bytes, cudaStream_t stream) {
-  auto go = [&](auto run) {
-    return run(layer, tokens, jobs, starts, thread_blocks, workspace, stride, shared_bytes, stream);
-  };
-  auto of_type = [&](auto number) {
-    using T = decltype(number);
-    if (tokens.count == 1) return go(run<T, 1>);
-    return tokens.count <= 8 ? go(run<T, 8>) : go(run<T, 16>);
-  };
+cudaError_t multiply(Type type, const Layer& layer, const Tokens& tokens, const Launch& work) {
   if (tokens.count > 16) return cudaErrorInvalidValue;
-  return type == Type::kHalf ? of_type(__half()) : of_type(__nv_bfloat16());
+  return type == Type::kHalf ? run_for<__half>(layer, tokens, work) : run_for<__nv_bfloat16>(layer, tokens, work);
 }
 
 }  // namespace vptq

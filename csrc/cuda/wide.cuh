@@ -65,7 +65,8 @@ __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job
   }
 }
 
-// Fetches, scales and gathers activations, a tile ahead of storing them.
+// Fetches, scales and gathers activations, a tile ahead of storing them. For few tokens: a kernel of its own, that others
+// leave it to (prepare.cu), takes longer.
 template <typename T, int N>
 __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
                                         unsigned& done, char* stages) {
@@ -297,7 +298,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
 // like to have.
 template <typename T, int N, Kind kOnly>
 __global__ void __launch_bounds__(kWideThreads, 1)
-    wide_kernel(const Layer layer, const Tokens tokens, const Job* __restrict__ jobs,
+    wide_kernel(const Layer layer, const Tokens tokens, const Tokens prepared, const Job* __restrict__ jobs,
                 const int32_t* __restrict__ starts, float* __restrict__ workspace, int64_t stride) {
 #if VPTQ_HAS_WGMMA
   extern __shared__ __align__(1024) char wide_shared[];
@@ -314,11 +315,13 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     if (threadIdx.x < sizeof(Job) / 4)
       reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
     __syncthreads();
-    if (Kind(job.kind) == Kind::kDot) {
-      wait_for_previous();
-      multiply_dot<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(books));
-      held = -1;
-      continue;
+    if constexpr (N == 8) {
+      if (Kind(job.kind) == Kind::kDot) {
+        wait_for_previous();
+        multiply_dot<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(books));
+        held = -1;
+        continue;
+      }
     }
     const Kind kind = kOnly == Kind::kDot ? Kind(job.kind) : kOnly;
     if (kind == Kind::kFar) {
@@ -340,7 +343,14 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     }
     if (threadIdx.x >= kConsumers) {
       wait_for_previous();
-      produce<T, N>(layer, tokens, job, ring, done, wide_shared);
+      if (job.source >= 0) {
+        const Tokens own{static_cast<const T*>(prepared.x) + job.source, prepared.row_stride, tokens.count};
+        copy_activations<T, N>(own, job, ring, done, wide_shared);
+      } else if constexpr (N == 8) {
+        produce<T, N>(layer, tokens, job, ring, done, wide_shared);
+      } else {
+        copy_activations<T, N>(tokens, job, ring, done, wide_shared);
+      }
       continue;
     }
     const uint32_t stages = shared_address(wide_shared);
@@ -367,22 +377,18 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 }
 
 template <typename T, int N, Kind kOnly>
-cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Job* jobs, const int32_t* starts, int thread_blocks,
-                float* workspace, int64_t stride, int shared_bytes, cudaStream_t stream) {
+cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Tokens& prepared, const Launch& work) {
   auto kernel = wide_kernel<T, N, kOnly>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, dim3(thread_blocks), kWideThreads, shared_bytes, stream, true, layer, tokens, jobs, starts,
-                workspace, stride);
+  return launch(kernel, dim3(work.thread_blocks), kWideThreads, work.shared_bytes, work.stream, true, layer, tokens,
+                prepared, work.jobs, work.starts, work.workspace, work.stride);
 }
 
 template <typename T>
-cudaError_t multiply_wide_of(Kind only, const Layer& layer, const Tokens& tokens, int slots, const Job* jobs,
-                             const int32_t* starts, int thread_blocks, float* workspace, int64_t stride,
-                             int shared_bytes, cudaStream_t stream) {
-  auto go = [&](auto run) {
-    return run(layer, tokens, jobs, starts, thread_blocks, workspace, stride, shared_bytes, stream);
-  };
+cudaError_t multiply_wide_of(Kind only, const Layer& layer, const Tokens& tokens, const Tokens& prepared, int slots,
+                             const Launch& work) {
+  auto go = [&](auto run) { return run(layer, tokens, prepared, work); };
   auto of_kind = [&](auto slots) {
     constexpr int N = decltype(slots)::value;
     switch (only) {

@@ -32,7 +32,7 @@ from vllm_vptq.layouts.passes import (
     pack,
     store_norm,
 )
-from vllm_vptq.layouts.work import ABSENT, Decoding, Job, Kind, LayerWork, LookupLayout, Module, Part, Unit, Variant
+from vllm_vptq.layouts.work import ABSENT, Decoding, Job, Kind, LayerWork, LookupLayout, Module, Part, Preparation, Unit, Variant
 from vllm_vptq.parameters import ModuleShard
 
 SPAN_COLUMNS = 2 * TILE_COLUMNS
@@ -41,6 +41,10 @@ WARP_COLUMNS = 256
 """Columns of a resident pass whose activations a warp holds."""
 TOKENS = (8, 16, 32, 64)
 """Most tokens of a call, one entry per variant."""
+SCALED_TOKENS = 8
+"""Up to so many, every thread block scales the activations it wants; of more, a kernel does it first, for all."""
+DOT_COLUMNS = 2048
+"""Of a job: for 8 tokens, all loads of a thread are then under way at once."""
 
 
 @dataclass(frozen=True)
@@ -157,19 +161,38 @@ class _ModuleParts:
     place: NormPlace
     segments: list[tuple[Packed, int]]
 
-    def record(self, variant: Variant, first_part: int, part_count: int) -> tuple[Module, list[Unit]]:
-        """The record in a variant, and the unit that computes the norm's dot products, if there is a norm."""
-        shard, place = self.shard, self.place
-        end = self.start + shard.out_features
-        module = Module(self.start, end, first_part, first_part + part_count, dense=int(shard.dense is not None))
-        if place.scale == ABSENT:
-            return module, []
-        module.dot = variant.reserve(1)
-        if place.rows:
-            module.scale, module.shift = place.scale, place.shift
-        job = Job(Kind.DOT, column_end=shard.in_features, out=module.dot, shift=place.column_shift)
-        tokens = 1 if variant.max_tokens <= 8 else 4
-        return module, [Unit(job, variant.max_tokens, tokens, 500 + tokens * shard.in_features / 16, tile=1500)]
+    def record(self, first_part: int, part_count: int) -> Module:
+        """The record in a variant, without its norm's dot product."""
+        end = self.start + self.shard.out_features
+        module = Module(self.start, end, first_part, first_part + part_count, dense=int(self.shard.dense is not None))
+        if self.place.rows:
+            module.scale, module.shift = self.place.scale, self.place.shift
+        return module
+
+    def dot_units(self, module: Module, variant: Variant) -> list[Unit]:
+        """Units that compute the dot product of the norm, if there is one, for all tokens at once."""
+        if self.place.scale == ABSENT:
+            return []
+        columns = self.shard.in_features
+        begins = range(0, columns, DOT_COLUMNS)
+        module.dot, module.dots = variant.reserve(len(begins)), len(begins)
+        cost = 2000 * variant.max_tokens / 8
+        return [
+            Unit(
+                Job(
+                    Kind.DOT,
+                    column_begin=begin,
+                    column_end=min(columns, begin + DOT_COLUMNS),
+                    out=module.dot + i,
+                    shift=self.place.column_shift,
+                ),
+                variant.max_tokens,
+                variant.max_tokens,
+                cost,
+                tile=1500,
+            )
+            for i, begin in enumerate(begins)
+        ]
 
 
 def _few(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Variant:
@@ -181,27 +204,63 @@ def _few(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Varia
         for packed, column_list in module.segments:
             for pass_ in packed.few:
                 units += _units(pass_, made, module.place, column_list, processors)
-        record, dot = module.record(made, first, len(made.parts) - first)
-        made.modules.append(record)
-        units += dot
+        made.modules.append(module.record(first, len(made.parts) - first))
+        units += module.dot_units(made.modules[-1], made)
     made.jobs = work.cut(units, processors)
     return made
 
 
 def _wide(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Variant:
     """The variant of calls of up to ``tokens`` by csrc/cuda/wide.cuh."""
-    dots, records, passes, first = Variant(tokens), [], [], 0
+    made = Variant(tokens)
+    passes, first = [], 0
     units: list[Unit] = []
     for module in modules:
-        own = [(p, p.job(module.place, at)) for packed, at in module.segments for p in packed.wide]
-        record, dot = module.record(dots, first, len(own))
-        first += len(own)
-        records.append(record)
-        passes.append(own)
-        units += dot
-    made = wide.variant(tokens, passes, units, processors, dots.stride)
-    made.modules = records
+        jobs = [(p, p.job(module.place, at)) for packed, at in module.segments for p in packed.wide]
+        record = module.record(first, len(jobs))
+        if tokens > SCALED_TOKENS:
+            jobs = _prepare(made, record, module, jobs)
+        else:
+            units += module.dot_units(record, made)
+        first += len(jobs)
+        made.modules.append(record)
+        passes.append(jobs)
+    wide.cut(made, passes, units, processors)
     return made
+
+
+def _prepare(
+    made: Variant, record: Module, module: _ModuleParts, jobs: Sequence[tuple[Pass, Job]]
+) -> list[tuple[Pass, Job]]:
+    """A module's jobs, which find their activations scaled and gathered; what does that is added to the variant."""
+    places: dict[tuple[int, int], int] = {}
+
+    def prepared(pass_: Pass, job: Job) -> Job:
+        columns = pass_.segment.num_columns
+        key = (job.scale, job.column_list)
+        # As they are, activations are copied 16 bytes at a time.
+        if key == (ABSENT, ABSENT) and columns % 8 == 0:
+            return job
+        if key not in places:
+            places[key] = made.prepared_columns
+            made.preparations.append(Preparation(*key, columns, at=places[key]))
+            made.prepared_columns += -(-columns // 8) * 8
+        return replace(job, scale=ABSENT, column_list=ABSENT, source=places[key])
+
+    first = len(made.preparations)
+    own = [(pass_, prepared(pass_, job)) for pass_, job in jobs]
+    place, columns = module.place, module.shard.in_features
+    if place.scale == ABSENT:
+        return own
+    whole = next((p for p in made.preparations[first:] if p.column_list == ABSENT), None)
+    if whole is None:
+        whole = Preparation(ABSENT, ABSENT, columns)
+        made.preparations.append(whole)
+    assert whole.columns == columns
+    whole.shift = place.column_shift
+    whole.dot = record.dot = made.reserve(whole.chunks)
+    record.dots = whole.chunks
+    return own
 
 
 def _units(pass_: Pass, variant: Variant, place: NormPlace, column_list: int, processors: int) -> list[Unit]:

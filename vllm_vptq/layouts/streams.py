@@ -34,7 +34,7 @@ def build(layout: CompactLayout, in_features: int, processors: int, direct_token
         if module.dense_offset != ABSENT:
             dense.append((module.out_start, module.out_features, module.dense_offset))
         if module.norm_offset != ABSENT:
-            record.dot = variant.reserve(1)
+            record.dot, record.dots = variant.reserve(1), 1
             shift = ABSENT
             if module.norm_kind == NORM_ROWS:
                 record.scale, record.shift = module.norm_offset, module.norm_offset + module.out_features

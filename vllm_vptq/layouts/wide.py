@@ -29,15 +29,14 @@ class Strip:
     begin: int
 
 
-def variant(
-    tokens: int, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Sequence[Unit], processors: int, stride: int
-) -> Variant:
-    """Variant of calls of up to ``tokens``, without modules: of each module's passes with jobs over all of them.
+def cut(
+    made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Sequence[Unit], processors: int
+) -> None:
+    """Adds jobs and parts to a variant: of each module's passes, with jobs over all of them, and of dot products.
 
-    Its parts are those of the passes, in their order. ``dots``: units of dot products, whose sums have their places in
-    the first ``stride`` floats.
+    Its parts are those of the passes, in their order.
     """
-    made = Variant(tokens, stride=stride)
+    tokens = made.max_tokens
     strips: list[Strip] = []
     units: list[Unit] = []
     flat = [both for module in passes for both in module]
@@ -71,7 +70,6 @@ def variant(
             seen[u] += 1
         made.jobs.append(jobs)
     assert seen == splits
-    return made
 
 
 def _place_sums(

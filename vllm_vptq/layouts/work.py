@@ -58,7 +58,7 @@ class Job(Record):
     res_bits: int = 0
     shift: int = ABSENT
     width: int = 8
-    padding: int = 0
+    source: int = ABSENT
 
 
 @dataclass
@@ -84,9 +84,31 @@ class Module(Record):
     part_begin: int
     part_end: int
     dot: int = ABSENT
+    dots: int = 0
     scale: int = ABSENT
     shift: int = ABSENT
     dense: int = 0
+
+
+PREPARE_COLUMNS = 2048
+"""Of a thread block of csrc/cuda/prepare.cu."""
+
+
+@dataclass
+class Preparation(Record):
+    """What is done once to activations that many thread blocks want: ``vptq::Preparation``."""
+
+    scale: int
+    column_list: int
+    columns: int
+    at: int = ABSENT
+    shift: int = ABSENT
+    dot: int = ABSENT
+
+    @property
+    def chunks(self) -> int:
+        """Thread blocks a token, each of which leaves a part of the dot product."""
+        return -(-self.columns // PREPARE_COLUMNS)
 
 
 @dataclass
@@ -94,7 +116,8 @@ class Variant:
     """How calls of up to ``max_tokens`` are worked off: the jobs of each thread block, and where sums go.
 
     ``wide``: worked off by csrc/cuda/wide.cuh, all look-ups being of this kind (DOT: of several); or ABSENT.
-    ``counts``: lists that parts name by their place here, until they are stored.
+    ``counts``: lists that parts name by their place here, until they are stored. ``preparations`` fill rows of
+    ``prepared_columns`` activations, which jobs take theirs from.
     """
 
     max_tokens: int
@@ -103,6 +126,8 @@ class Variant:
     modules: list[Module] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     counts: list[list[int]] = field(default_factory=list)
+    preparations: list[Preparation] = field(default_factory=list)
+    prepared_columns: int = 0
     stride: int = 0
 
     def reserve(self, floats: int) -> int:
@@ -184,7 +209,8 @@ class LayerWork:
                 words.append(words[-1] + len(thread_block))
             parts = [part if part.counts == ABSENT else self._with_counts(part, v, words) for part in v.parts]
             plan += [v.max_tokens, v.wide, v.stride, jobs, starts, len(v.jobs)]
-            plan += [store(v.modules), store(parts), len(parts)]
+            plan += [store(v.modules), store(parts), store(v.preparations)]
+            plan += [sum(p.chunks for p in v.preparations), v.prepared_columns, len(parts)]
             plan += [n for record in (*v.modules, *parts) for n in record.numbers()]
         plan += [len(self.decodings), *(n for decoding in self.decodings for n in decoding.numbers())]
         plan += [len(self.dense), *(n for entry in self.dense for n in entry)]
