@@ -32,7 +32,19 @@ from vllm_vptq.layouts.passes import (
     pack,
     store_norm,
 )
-from vllm_vptq.layouts.work import ABSENT, Decoding, Job, Kind, LayerWork, LookupLayout, Module, Part, Preparation, Unit, Variant
+from vllm_vptq.layouts.work import (
+    ABSENT,
+    Decoding,
+    Job,
+    Kind,
+    LayerWork,
+    LookupLayout,
+    Module,
+    Part,
+    Preparation,
+    Unit,
+    Variant,
+)
 from vllm_vptq.parameters import ModuleShard
 
 SPAN_COLUMNS = 2 * TILE_COLUMNS

@@ -29,9 +29,7 @@ class Strip:
     begin: int
 
 
-def cut(
-    made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Sequence[Unit], processors: int
-) -> None:
+def cut(made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Sequence[Unit], processors: int) -> None:
     """Adds jobs and parts to a variant: of each module's passes, with jobs over all of them, and of dot products.
 
     Its parts are those of the passes, in their order.
