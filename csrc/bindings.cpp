@@ -113,16 +113,16 @@ struct Call {
       const Tokens part{static_cast<const char*>(x.const_data_ptr()) + first * x.size(1) * size, x.size(1), count};
       const Launch work{reinterpret_cast<const Job*>(at(v.jobs_at)), at(v.starts_at), int(v.thread_blocks), sums, v.stride,
                         int(plan.shared_bytes), stream};
+      const Tensor room = at::empty({count * v.prepared_columns}, x.options());
+      const Tokens prepared{room.const_data_ptr(), v.prepared_columns, count};
+      if (v.chunks)
+        C10_CUDA_CHECK(prepare(type, layer, part, reinterpret_cast<const Preparation*>(at(v.preparations_at)), v.chunks,
+                               room.mutable_data_ptr(), v.prepared_columns, sums, v.stride, stream));
       if (v.wide >= 0) {
-        const Tensor room = at::empty({count * v.prepared_columns}, x.options());
-        const Tokens prepared{room.const_data_ptr(), v.prepared_columns, count};
-        if (v.chunks)
-          C10_CUDA_CHECK(prepare(type, layer, part, reinterpret_cast<const Preparation*>(at(v.preparations_at)), v.chunks,
-                                 room.mutable_data_ptr(), v.prepared_columns, sums, v.stride, stream));
         const auto wide = type == Type::kHalf ? multiply_wide_half : multiply_wide_bfloat16;
         C10_CUDA_CHECK(wide(Kind(v.wide), layer, part, prepared, v.max_tokens, work));
       } else if (plan.stationary) {
-        C10_CUDA_CHECK(multiply(type, layer, part, work));
+        C10_CUDA_CHECK(multiply(type, layer, part, prepared, work));
       } else {
         C10_CUDA_CHECK(multiply_compact(type, layer, part, work));
       }

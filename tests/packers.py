@@ -235,7 +235,7 @@ def _check_dots(v: SimpleNamespace, dots: list[work.Job]) -> None:
     assert len(set(parts)) == len(parts) and all((m.dot == ABSENT) == (m.dots == 0) for m in v.modules)
     made = [job.out for job in dots] + [p.dot + i for p in v.preparations if p.dot != ABSENT for i in range(p.chunks)]
     assert sorted(made) == parts
-    assert not dots or (v.max_tokens <= 8 or v.wide == ABSENT)
+    assert not dots or v.max_tokens <= 8
     assert all((job.row_begin, job.row_end) == (0, v.max_tokens) for job in dots)
 
 

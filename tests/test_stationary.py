@@ -120,8 +120,8 @@ class Kernels:
                     acts = prepared[:, job.source + job.column_begin : job.source + job.column_end].T
                 else:
                     # wide.cuh copies activations of more than 8 tokens as they are, 16 bytes at a time.
-                    assert v.wide == ABSENT or v.max_tokens == 8 or job.scale == job.column_list == ABSENT
-                    assert v.wide == ABSENT or v.max_tokens == 8 or x.shape[1] % 8 == 0
+                    assert v.max_tokens == 8 or job.scale == job.column_list == ABSENT
+                    assert v.max_tokens == 8 or x.shape[1] % 8 == 0
                     scaled = x * self._norm(job.scale, x.shape[1], 1)
                     acts = scaled[:, self._sources(job)[job.column_begin :]].T
                 if v.wide != ABSENT:

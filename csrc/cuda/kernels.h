@@ -35,7 +35,7 @@ struct Job {
   int index_bits, res_bits;
   int shift;       // dot: offset in `norm` of what to multiply by, or -1 for ones
   int width;       // far: 16 outputs are two planes of a vector row; or 8, and they are one of two vector rows
-  int source;      // wide.cuh: where its columns begin in a row of prepared activations, or -1 if it takes them as they are
+  int source;      // where its columns begin in a row of prepared activations, or -1 if it takes them as they are
 };
 static_assert(sizeof(Job) == 96, "24 int32");
 
@@ -103,13 +103,13 @@ struct Launch {
 
 // Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs with look-ups being of kind
 // `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
-cudaError_t multiply(Type type, const Layer&, const Tokens&, const Launch&);
+cudaError_t multiply(Type type, const Layer&, const Tokens&, const Tokens& prepared, const Launch&);
 cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots, const Launch&);
 cudaError_t multiply_wide_bfloat16(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
                                    const Launch&);
 cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Launch&);
 
-// Activations [tokens, prepared_stride] for multiply_wide, and dot products into the workspace; `chunks` is how many
+// Activations [tokens, prepared_stride] for the products above, and dot products into the workspace; `chunks` is how many
 // times kPrepareColumns the records have, each rounded up.
 cudaError_t prepare(Type type, const Layer&, const Tokens&, const Preparation* records, int chunks,
                     void* prepared, int64_t prepared_stride, float* workspace, int64_t stride, cudaStream_t);

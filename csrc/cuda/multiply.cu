@@ -18,7 +18,7 @@ __device__ __noinline__ void multiply_dot_apart(const Layer& layer, const Tokens
 // layer before would otherwise keep this kernel's from starting.
 template <typename T, int Slots>
 __global__ void __maxnreg__(112)
-    multiply_kernel(const Layer layer, const Tokens tokens, const Job* __restrict__ jobs,
+    multiply_kernel(const Layer layer, const Tokens tokens, const Tokens prepared, const Job* __restrict__ jobs,
                     const int32_t* __restrict__ starts, float* __restrict__ workspace, int64_t stride) {
   constexpr int Octets = Slots <= 8 ? 1 : 2;
   extern __shared__ uint4 shared[];
@@ -37,21 +37,23 @@ __global__ void __maxnreg__(112)
       reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
     __syncthreads();
     if (threadIdx.x == 0 && Kind(job.kind) != Kind::kSliced) copy.held = -1;
+    Tokens own = tokens;
+    if (Slots > 8 && job.source >= 0) own = {static_cast<const T*>(prepared.x) + job.source, prepared.row_stride, tokens.count};
     switch (Kind(job.kind)) {
       case Kind::kSliced:
         if constexpr (Slots == 1)
           multiply_single<T>(layer, tokens, job, copy, workspace, shared);
         else
-          multiply_sliced<T, Octets>(layer, tokens, job, copy, workspace, stride, shared);
+          multiply_sliced<T, Octets>(layer, own, job, copy, workspace, stride, shared);
         break;
       case Kind::kBytes:
-        multiply_resident<T, Octets, Kind::kBytes>(layer, tokens, job, exchange, workspace, stride, shared);
+        multiply_resident<T, Octets, Kind::kBytes>(layer, own, job, exchange, workspace, stride, shared);
         break;
       case Kind::kBytePairs:
-        multiply_resident<T, Octets, Kind::kBytePairs>(layer, tokens, job, exchange, workspace, stride, shared);
+        multiply_resident<T, Octets, Kind::kBytePairs>(layer, own, job, exchange, workspace, stride, shared);
         break;
       case Kind::kShorts:
-        multiply_resident<T, Octets, Kind::kShorts>(layer, tokens, job, exchange, workspace, stride, shared);
+        multiply_resident<T, Octets, Kind::kShorts>(layer, own, job, exchange, workspace, stride, shared);
         break;
       default:
         wait_for_previous();
@@ -61,26 +63,27 @@ __global__ void __maxnreg__(112)
 }
 
 template <typename T, int Slots>
-cudaError_t run(const Layer& layer, const Tokens& tokens, const Launch& work) {
+cudaError_t run(const Layer& layer, const Tokens& tokens, const Tokens& prepared, const Launch& work) {
   auto kernel = multiply_kernel<T, Slots>;
   // Cheap, and the attribute belongs to the current device: setting it at every launch spares a table of devices.
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, dim3(work.thread_blocks), kThreads, work.shared_bytes, work.stream, true, layer, tokens, work.jobs,
-                work.starts, work.workspace, work.stride);
+  return launch(kernel, dim3(work.thread_blocks), kThreads, work.shared_bytes, work.stream, true, layer, tokens, prepared,
+                work.jobs, work.starts, work.workspace, work.stride);
 }
 
 template <typename T>
-cudaError_t run_for(const Layer& layer, const Tokens& tokens, const Launch& work) {
-  if (tokens.count == 1) return run<T, 1>(layer, tokens, work);
-  return tokens.count <= 8 ? run<T, 8>(layer, tokens, work) : run<T, 16>(layer, tokens, work);
+cudaError_t run_for(const Layer& layer, const Tokens& tokens, const Tokens& prepared, const Launch& work) {
+  if (tokens.count == 1) return run<T, 1>(layer, tokens, prepared, work);
+  return tokens.count <= 8 ? run<T, 8>(layer, tokens, prepared, work) : run<T, 16>(layer, tokens, prepared, work);
 }
 
 }  // namespace
 
-cudaError_t multiply(Type type, const Layer& layer, const Tokens& tokens, const Launch& work) {
+cudaError_t multiply(Type type, const Layer& layer, const Tokens& tokens, const Tokens& prepared, const Launch& work) {
   if (tokens.count > 16) return cudaErrorInvalidValue;
-  return type == Type::kHalf ? run_for<__half>(layer, tokens, work) : run_for<__nv_bfloat16>(layer, tokens, work);
+  return type == Type::kHalf ? run_for<__half>(layer, tokens, prepared, work)
+                             : run_for<__nv_bfloat16>(layer, tokens, prepared, work);
 }
 
 }  // namespace vptq

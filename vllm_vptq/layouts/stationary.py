@@ -188,7 +188,6 @@ class _ModuleParts:
         columns = self.shard.in_features
         begins = range(0, columns, DOT_COLUMNS)
         module.dot, module.dots = variant.reserve(len(begins)), len(begins)
-        cost = 2000 * variant.max_tokens / 8
         return [
             Unit(
                 Job(
@@ -200,7 +199,7 @@ class _ModuleParts:
                 ),
                 variant.max_tokens,
                 variant.max_tokens,
-                cost,
+                2000,
                 tile=1500,
             )
             for i, begin in enumerate(begins)
@@ -213,11 +212,13 @@ def _few(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Varia
     units: list[Unit] = []
     for module in modules:
         first = len(made.parts)
-        for packed, column_list in module.segments:
-            for pass_ in packed.few:
-                units += _units(pass_, made, module.place, column_list, processors)
-        made.modules.append(module.record(first, len(made.parts) - first))
-        units += module.dot_units(made.modules[-1], made)
+        jobs = [(p, p.job(module.place, at)) for packed, at in module.segments for p in packed.few]
+        record = module.record(first, len(jobs))
+        jobs, dots = _prepared(made, record, module, jobs)
+        for pass_, job in jobs:
+            units += _units(pass_, job, made, processors)
+        units += dots
+        made.modules.append(record)
     made.jobs = work.cut(units, processors)
     return made
 
@@ -230,15 +231,22 @@ def _wide(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Vari
     for module in modules:
         jobs = [(p, p.job(module.place, at)) for packed, at in module.segments for p in packed.wide]
         record = module.record(first, len(jobs))
-        if tokens > SCALED_TOKENS:
-            jobs = _prepare(made, record, module, jobs)
-        else:
-            units += module.dot_units(record, made)
+        jobs, dots = _prepared(made, record, module, jobs)
         first += len(jobs)
+        units += dots
         made.modules.append(record)
         passes.append(jobs)
     wide.cut(made, passes, units, processors)
     return made
+
+
+def _prepared(
+    made: Variant, record: Module, module: _ModuleParts, jobs: list[tuple[Pass, Job]]
+) -> tuple[list[tuple[Pass, Job]], list[Unit]]:
+    """A module's jobs, and those of its dot product, unless a kernel before prepares that and activations."""
+    if made.max_tokens > SCALED_TOKENS:
+        return _prepare(made, record, module, jobs), []
+    return jobs, module.dot_units(record, made)
 
 
 def _prepare(
@@ -275,14 +283,13 @@ def _prepare(
     return own
 
 
-def _units(pass_: Pass, variant: Variant, place: NormPlace, column_list: int, processors: int) -> list[Unit]:
+def _units(pass_: Pass, whole: Job, variant: Variant, processors: int) -> list[Unit]:
     """Cuts a pass by columns and slices, reserves its sums, and adds its part to the variant."""
     segment = pass_.segment
     ranges = _column_ranges(pass_, variant.max_tokens, processors)
     splits, sums = len(ranges) * pass_.slices, pass_.rows * 8 + 8  # pairs of rows: one more
     at = variant.reserve(splits * sums)
     variant.parts.append(Part(at, splits, sums, segment.vector_len, segment.skip, pass_.plane))
-    whole = pass_.job(place, column_list)
     jobs = [
         replace(
             whole,
