@@ -24,10 +24,11 @@ from vllm.platforms import current_platform
 from tests.layers import Module, assert_near, finish, load, make_config, output
 from tests.layers import rank as rank  # a fixture
 from tests.strategies import EVERYTHING, refusal
-from vllm_vptq import compat
+from vllm_vptq import compat, gpu
 from vllm_vptq.format import LayerSpec, VPTQFormatError, tensor_shapes
 from vllm_vptq.layouts import choice
-from vllm_vptq.linear import VPTQDequantizedLinearMethod
+from vllm_vptq.layouts.work import LayerWork, Variant
+from vllm_vptq.linear import VPTQDequantizedLinearMethod, VPTQLinearMethod
 
 K = 22
 X = torch.randn(3, K, generator=torch.Generator().manual_seed(0))
@@ -214,8 +215,9 @@ def compile_key(seed: int = 0, prefix: str = "l.qkv_proj", spec: LayerSpec = KEY
         modules = [*qkv_modules(seed)[::2], Module("l.k_proj", spec, seed + 1, bias=True)]
         made = make_config(*modules, packed={prefix.rpartition(".")[2]: ["q_proj", "k_proj", "v_proj"]})
         layer = QKVParallelLinear(K, 5, 4, 2, params_dtype=torch.float32, quant_config=made, prefix=prefix)
-        load(layer, modules, ["q", "v", "k"])
-        finish(layer)
+    # Loading may go on under another configuration: that of the model around this one.
+    load(layer, modules, ["q", "v", "k"])
+    finish(layer)
     return config.compute_hash()
 
 
@@ -231,13 +233,38 @@ def test_the_key_of_the_compile_cache_adds_up(rank):
 
     def key(*entries):
         config = VllmConfig()
-        with set_current_vllm_config(config):
-            for entry in entries:
-                compat.add_to_compile_key(*entry)
+        for entry in entries:
+            compat.add_to_compile_key(config, *entry)
         return config.compute_hash()
 
     entries = [("a", (1, 2)), ("b", (1, 2)), ("a", (2, 1))]
     assert len({key(*some) for n in range(4) for some in permutations(entries, n)}) == 1 + 3 + 6 + 6
+
+
+def test_batch_invariant_mode_is_traced_whole(rank):
+    """The op of a GPU's layout, with its fake: torch.compile must not break the graph at it."""
+    work = LayerWork(True, 40, K, 0, 0, [Variant(8)], [], [])
+    tensor, plan = work.encode(torch.device("cpu"))
+    names = ("codes", "books", "norm", "columns", "dense", "work")
+    layout = choice.LayerLayout("stationary", gpu.lookup_linear, tuple(plan), K, 40 * K, names)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in zip(names, (torch.zeros(4), torch.zeros(4), None, None, None, tensor), strict=True):
+                self.register_buffer(name, value)
+            self.vptq_layout, self.vptq_dtype = layout, torch.float32
+            self.vptq_dense_product = torch.nn.functional.linear
+            self.method = VPTQLinearMethod("l", [], choice.Resident())
+
+        def forward(self, x):
+            return self.method.apply(self, x, None)
+
+    graph = torch.export.export(Layer(), (X,), strict=True).graph
+    assert [str(node.target) for node in graph.nodes if "vptq" in str(node.target)] == [
+        "vllm_vptq.lookup_weight.default"
+    ]
+    assert any("linear" in str(node.target) for node in graph.nodes)
 
 
 class GpuLayout:

@@ -71,16 +71,21 @@ def reload_in_place(layer: torch.nn.Module, finished: Callable[[], None]) -> boo
     return True
 
 
-def add_to_compile_key(name: str, constants: object) -> None:
+def current_config() -> Any:
+    """The ``VllmConfig`` that a model is being made or loaded for; None outside of vLLM's engine."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    return get_current_vllm_config_or_none()
+
+
+def add_to_compile_key(config: Any, name: str, constants: object) -> None:
     """Makes vLLM's compile cache tell apart models whose graphs hold other constants in layer ``name``.
 
     A layer's plan is a constant of the compiled graph. It depends on the layout and, for the sliced lists of a large
     book, on the indices themselves, and vLLM's key of the cache knows of neither: a directory quantized anew, or
-    another layout, would run with the graph of the former, and read where its weights are not.
+    another layout, would run with the graph of the former, and read where its weights are not. ``config`` is the one
+    that the layer was made under: within a multimodal model it is a copy, and the copy is what is hashed.
     """
-    from vllm.config import get_current_vllm_config_or_none
-
-    config = get_current_vllm_config_or_none()
     if config is None:
         return
     if not isinstance(config.additional_config, dict):
@@ -88,16 +93,12 @@ def add_to_compile_key(name: str, constants: object) -> None:
         return
     before = config.additional_config.get(_COMPILE_KEY, "")
     digest = hashlib.sha256(repr((before, name, constants)).encode()).hexdigest()
-    # In place: vLLM copies its config for draft models, and copies share this dict.
     config.additional_config[_COMPILE_KEY] = digest
 
 
 def cpu_offload_option() -> str | None:
     """The option by which vLLM was asked to keep weights in CPU memory, or None."""
-    from vllm.config import get_current_vllm_config_or_none
-
-    config = get_current_vllm_config_or_none()
-    offload = getattr(config, "offload_config", None)
+    offload = getattr(current_config(), "offload_config", None)
     if offload is None:
         return None
     if offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size > 0:

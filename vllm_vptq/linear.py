@@ -65,6 +65,7 @@ class VPTQLinearMethod(LinearMethodBase):
         for tensor in sorted(intake.tensor_names()):
             _add_placeholder(layer, tensor, _loader(self.prefix, intake, tensor), params_dtype)
         compat.reload_in_place(layer, finished=intake.require_whole)
+        layer.vptq_config = compat.current_config()
         layer.vptq_dense_product = compat.batch_invariant_product()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -85,7 +86,7 @@ class VPTQLinearMethod(LinearMethodBase):
             self._replace(layer, before, layout, tensors)
             return
         self.resident.add(layout.name, layout.weights, tensors.values())
-        compat.add_to_compile_key(self.prefix, (layout.name, layout.plan))
+        compat.add_to_compile_key(layer.vptq_config, self.prefix, (layout.name, layout.plan))
         for name, tensor in tensors.items():
             parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, parameter)

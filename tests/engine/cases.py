@@ -13,7 +13,7 @@ from tests.engine.compare import Agreement, Bound, DisagreementError, compare, i
 from tests.engine.models import Model
 from tests.engine.worker import CHUNK
 
-BOUNDS = {"float16": Bound(0.006, 0.08, 0.08), "bfloat16": Bound(0.03, 0.35, 0.35)}
+BOUNDS = {"float16": Bound(0.005, 0.05, 0.05), "bfloat16": Bound(0.03, 0.35, 0.35)}
 """Between a checkpoint and its dense twin, whose weights are rounded to 16 bits: about three times what a CPU's engine
 differs by. Eight wrong rows of one layer are well beyond (the case ``planted``)."""
 FP8_BOUNDS = {dtype: replace(bound, mean=3 * bound.mean, worst=3 * bound.worst) for dtype, bound in BOUNDS.items()}
@@ -204,15 +204,18 @@ def sleep(model: Model) -> Case:
         ("wake", {"tags": ["kv_cache"]}),
     )
     steps = (ASK, ("sleep", {"level": 1}), ("wake", {}), ASK, *level_2, ASK)
-    jobs = {"vptq": Job(model, options={"enable_sleep_mode": True}, steps=steps)}
+    # A large cache, so that what engines beside this one take meanwhile does not hide what it frees.
+    options = {"enable_sleep_mode": True, "kv_cache_memory_bytes": 8 << 30}
+    jobs = {"vptq": Job(model, options=options, steps=steps)}
 
     def check(outcomes: Outcomes) -> str:
         outcome = outcomes["vptq"]
-        for step in (3, 8):
-            identical(answers(outcome, step), answers(outcome))
+        # Not to the bit: which prompts vLLM takes together is a matter of when they reach it.
+        found = [compare(answers(outcome, step), answers(outcome), BOUNDS[model.dtype]) for step in (3, 8)]
         freed = [answers(outcome, step)["before"] - answers(outcome, step)["after"] for step in (1, 4)]
-        assert min(freed) >= OPTIONS["kv_cache_memory_bytes"], f"freed only {freed}"
-        return f"same bits after level 1 and 2; freed {freed[0] / 2**30:.2f} and {freed[1] / 2**30:.2f} GiB"
+        assert min(freed) > 4 << 30, f"freed only {freed}"
+        sizes = " and ".join(f"{size / 2**30:.1f}" for size in freed)
+        return f"after level 1: {found[0]}; level 2: {found[1]}; freed {sizes} GiB"
 
     return Case(f"sleep {model.format}", jobs, check)
 
@@ -230,9 +233,9 @@ def reload(name: str, model: Model, env: Mapping[str, str]) -> Case:
     def check(outcomes: Outcomes) -> str:
         first, second, third = (answers(outcomes["vptq"], step) for step in (0, 2, 4))
         found = compare(second, answers(outcomes["other"]), BOUNDS[model.dtype])
-        compare(first, answers(outcomes["dense"]), BOUNDS[model.dtype])
-        identical(third, first)
-        return f"other weights: {found}; the first again: same bits"
+        for again in (first, third):
+            compare(again, answers(outcomes["dense"]), BOUNDS[model.dtype])
+        return f"other weights: {found}"
 
     return Case(name, jobs, check, cpu=True)
 

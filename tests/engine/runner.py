@@ -160,8 +160,9 @@ def options_of(job: Job, cpu: bool) -> dict[str, Any]:
     """vLLM's options for a job."""
     options = OPTIONS | {"dtype": job.model.dtype} | dict(job.options)
     if cpu:
-        # Its room is $VLLM_CPU_KVCACHE_SPACE.
+        # Its room is $VLLM_CPU_KVCACHE_SPACE; eager engines start a minute sooner.
         options = {key: value for key, value in options.items() if "memory" not in key}
+        options |= {"enforce_eager": job.kind != "restarts"}
     return options
 
 
@@ -174,7 +175,6 @@ def environment(place: Path, cards: list[int] | None) -> dict[str, str]:
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions of ours sent to vLLM's workers
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": "INFO",
-        "VLLM_SERVER_DEV_MODE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCHINDUCTOR_COMPILE_THREADS": "2",
         "PYTHONUNBUFFERED": "1",
@@ -185,7 +185,7 @@ def environment(place: Path, cards: list[int] | None) -> dict[str, str]:
     else:
         more |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, cards)), "OMP_NUM_THREADS": "2"}
         # NVLink multicast is a resource of the whole host; other users of it may not like to share it.
-        more |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+        more |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
     return os.environ | more
 
 
