@@ -15,8 +15,9 @@ from tests.engine.worker import CHUNK
 
 BOUNDS = {"float16": Bound(0.005, 0.05, 0.05), "bfloat16": Bound(0.03, 0.35, 0.35)}
 """Between a checkpoint and its dense twin, whose weights are rounded to 16 bits: about three times what a CPU's engine
-differs by. Eight wrong rows of one layer are well beyond (the case ``planted``)."""
-FP8_BOUNDS = {dtype: replace(bound, mean=3 * bound.mean, worst=3 * bound.worst) for dtype, bound in BOUNDS.items()}
+differs by (float16 by 0.0014 and 0.009, bfloat16 by 0.011 and 0.06). Eight wrong rows of 1024 in one of 14 linears are
+beyond: 0.033 and 0.74 in float16 (the case ``planted error``)."""
+FP8_BOUNDS = {name: Bound(3 * b.mean, 3 * b.worst, 3 * b.near_tie) for name, b in BOUNDS.items()}
 """A cache in 8 bits turns differences in the last bit of 16 into some in the last of its three."""
 OPTIONS: dict[str, Any] = {
     "max_model_len": 2304,
@@ -27,6 +28,14 @@ OPTIONS: dict[str, Any] = {
     # Said aloud, vLLM does not measure what is free, which engines beside it would disturb.
     "kv_cache_memory_bytes": 1 << 30,
 }
+SUITE: tuple[str, Mapping[str, Any]] = ("suite", {})
+ASK = ("ask", {"lengths": [3, 17, 90, 1100], "seed": 600, "max_tokens": 12, "forced": True})
+PREFIX = ("ask", {"lengths": [700, 650, 300], "seed": 400, "max_tokens": 16})
+REPEAT = ("repeat", {"period": 6, "length": 48, "max_tokens": 200})
+SERVED = (1, 20, 300)
+"""Lengths of the prompts that the server is asked."""
+STEPS = (SUITE, ASK, PREFIX, REPEAT, *(("ask", {"lengths": [n], "seed": 800, "max_tokens": 16}) for n in SERVED))
+"""All that some case wants to know of an engine run in the usual way, so that one start serves many."""
 Outcomes = Mapping[str, dict[str, Any]]
 
 
@@ -42,7 +51,7 @@ class Job:
     side: str = "vptq"
     kind: str = "engine"
     options: Mapping[str, Any] = field(default_factory=dict)
-    steps: tuple[tuple[str, Mapping[str, Any]], ...] = (("suite", {}),)
+    steps: tuple[tuple[str, Mapping[str, Any]], ...] = STEPS
     env: Mapping[str, str] = field(default_factory=dict)
     cards: int = 1
     other: Model | None = None
@@ -97,6 +106,11 @@ def answers(outcome: dict[str, Any], step: int = 0) -> Any:
     return outcome["answers"][step]
 
 
+def usual(outcome: dict[str, Any], step: tuple[str, Mapping[str, Any]]) -> Any:
+    """Of one of STEPS, which the engine was asked in full."""
+    return answers(outcome, STEPS.index(step))
+
+
 def pair(model: Model, **more: Any) -> dict[str, Job]:
     """The checkpoint and its dense twin, asked the same."""
     return {"vptq": Job(model, **more), "dense": Job(model, "dense", **more)}
@@ -142,16 +156,13 @@ def variant(name: str, model: Model, cpu: bool = False, **job: Any) -> Case:
 
 
 def prefix_caching() -> Case:
-    step = ("ask", {"lengths": [700, 650, 300], "seed": 400, "max_tokens": 16})
     on = {"enable_prefix_caching": True, "disable_log_stats": False}
-    jobs = {
-        "vptq": Job(BASE, options=on, steps=(step, step, ("counters", {}))),
-        "dense": Job(BASE, "dense", steps=(step,)),
-    }
+    steps = (PREFIX, PREFIX, ("counters", {}))
+    jobs = {"vptq": Job(BASE, options=on, steps=steps), "dense": Job(BASE, "dense")}
 
     def check(outcomes: Outcomes) -> str:
         first, second, counters = (answers(outcomes["vptq"], i) for i in range(3))
-        found = [compare(a, answers(outcomes["dense"]), BOUNDS[BASE.dtype]) for a in (first, second)]
+        found = [compare(a, usual(outcomes["dense"], PREFIX), BOUNDS[BASE.dtype]) for a in (first, second)]
         assert counters.get("prefix_hits", 0) > 1000, f"hits {counters}"
         return f"{found[1]}; {counters['prefix_hits']:.0f} tokens found in the cache"
 
@@ -159,15 +170,15 @@ def prefix_caching() -> Case:
 
 
 def speculation() -> Case:
-    steps = (("repeat", {"period": 6, "length": 48, "max_tokens": 200}), ("counters", {}))
+    steps = (REPEAT, ("counters", {}))
     draft = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     jobs = {
         "draft": Job(BASE, options={"speculative_config": draft, "disable_log_stats": False}, steps=steps),
-        "plain": Job(BASE, steps=steps[:1]),
+        "plain": Job(BASE),
     }
 
     def check(outcomes: Outcomes) -> str:
-        found = compare(answers(outcomes["draft"]), answers(outcomes["plain"]), BOUNDS[BASE.dtype])
+        found = compare(answers(outcomes["draft"]), usual(outcomes["plain"], REPEAT), BOUNDS[BASE.dtype])
         counters = answers(outcomes["draft"], 1)
         assert counters.get("accepted", 0) > 0, f"no token was accepted: {counters}"
         return f"{found}; {counters['accepted']:.0f} of {counters['drafted']:.0f} drafts accepted"
@@ -190,9 +201,6 @@ def lora() -> Case:
         raise AssertionError("the adapter changed nothing")
 
     return Case("LoRA", jobs, check, cpu=True)
-
-
-ASK = ("ask", {"lengths": [3, 17, 90, 1100], "seed": 600, "max_tokens": 12, "forced": True})
 
 
 def sleep(model: Model) -> Case:
@@ -226,15 +234,15 @@ def reload(name: str, model: Model, env: Mapping[str, str]) -> Case:
     steps = (ASK, ("reload", {"path": "{other}"}), ASK, ("reload", {"path": "{model}"}), ASK)
     jobs = {
         "vptq": Job(model, steps=steps, other=other, env=env),
-        "dense": Job(model, "dense", steps=(ASK,)),
-        "other": Job(other, "dense", steps=(ASK,)),
+        "dense": Job(model, "dense"),
+        "other": Job(other, "dense"),
     }
 
     def check(outcomes: Outcomes) -> str:
         first, second, third = (answers(outcomes["vptq"], step) for step in (0, 2, 4))
-        found = compare(second, answers(outcomes["other"]), BOUNDS[model.dtype])
+        found = compare(second, usual(outcomes["other"], ASK), BOUNDS[model.dtype])
         for again in (first, third):
-            compare(again, answers(outcomes["dense"]), BOUNDS[model.dtype])
+            compare(again, usual(outcomes["dense"], ASK), BOUNDS[model.dtype])
         return f"other weights: {found}"
 
     return Case(name, jobs, check, cpu=True)
@@ -258,7 +266,7 @@ def batch_invariant() -> Case:
     beside: tuple[list[int], ...] = ([], [12] * 32, [1000, *range(1, 12)])
     steps = tuple(("ask", {**ask, "lengths": [40, *others]}) for others in beside)
     jobs = {
-        "vptq": Job(BASE, steps=(*steps, ("suite", {})), env={"VLLM_BATCH_INVARIANT": "1"}),
+        "vptq": Job(BASE, steps=(*steps, SUITE), env={"VLLM_BATCH_INVARIANT": "1"}),
         "dense": Job(BASE, "dense"),
     }
 
@@ -278,14 +286,14 @@ def compile_cache() -> Case:
     stages = ((FAR, {}), (FAR, {}), (other, {}), (other, {"VLLM_VPTQ_LAYOUT": "compact"}))
     jobs = {
         "vptq": Job(FAR, kind="restarts", steps=(ASK,), stages=stages),
-        "dense": Job(FAR, "dense", steps=(ASK,)),
-        "other": Job(other, "dense", steps=(ASK,)),
+        "dense": Job(FAR, "dense"),
+        "other": Job(other, "dense"),
     }
 
     def check(outcomes: Outcomes) -> str:
         starts = [answers(outcomes["vptq"], i) for i in range(len(stages))]
         for start, side in zip(starts, ("dense", "dense", "other", "other"), strict=True):
-            compare(start["answers"][0], answers(outcomes[side]), BOUNDS[FAR.dtype])
+            compare(start["answers"][0], usual(outcomes[side], ASK), BOUNDS[FAR.dtype])
         assert not starts[0]["cached"] and starts[1]["cached"], [start["cached"] for start in starts]
         seconds = " / ".join(f"{start['start_s']:.0f}" for start in starts)
         return f"starts in {seconds} s: first, from the cache, other weights, other layout"
@@ -294,14 +302,11 @@ def compile_cache() -> Case:
 
 
 def serve() -> Case:
-    lengths, ask = (1, 20, 300), {"seed": 800, "max_tokens": 16}
-    jobs = {
-        "vptq": Job(BASE, kind="serve", steps=tuple(("complete", {**ask, "length": n}) for n in lengths)),
-        "dense": Job(BASE, "dense", steps=tuple(("ask", {**ask, "lengths": [n]}) for n in lengths)),
-    }
+    steps = tuple(("complete", {"length": n, "seed": 800, "max_tokens": 16}) for n in SERVED)
+    jobs = {"vptq": Job(BASE, kind="serve", steps=steps), "dense": Job(BASE, "dense")}
 
     def check(outcomes: Outcomes) -> str:
-        wanted = [answers(outcomes["dense"], i)[0] for i in range(len(lengths))]
+        wanted = [usual(outcomes["dense"], step)[0] for step in STEPS[-len(SERVED) :]]
         found = compare(answers(outcomes["vptq"]), wanted, BOUNDS[BASE.dtype])
         measured = answers(outcomes["vptq"], 1)
         assert measured["completed"] == 16, measured
@@ -346,9 +351,8 @@ def memory(name: str, model: Model, layout: str, bits: float) -> Case:
 
 def parallel(model: Model, tp: int, pp: int) -> Case:
     options = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
-    suite = ("suite", {})
     jobs = {
-        "vptq": Job(model, options=options, cards=tp * pp, steps=(suite, ("memory", {}))),
+        "vptq": Job(model, options=options, cards=tp * pp, steps=(SUITE, ("memory", {}))),
         "one": Job(model),
         "dense": Job(model, "dense"),
     }
