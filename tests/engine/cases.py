@@ -13,9 +13,9 @@ from tests.engine.compare import Agreement, Bound, DisagreementError, compare, i
 from tests.engine.models import Model
 from tests.engine.worker import CHUNK
 
-BOUNDS = {"float16": Bound(0.005, 0.05, 0.05), "bfloat16": Bound(0.03, 0.35, 0.35)}
+BOUNDS = {"float16": Bound(0.005, 0.05, 0.05), "bfloat16": Bound(0.04, 0.35, 0.35)}
 """Between a checkpoint and its dense twin, whose weights are rounded to 16 bits: about three times what a CPU's engine
-differs by (float16 by 0.0014 and 0.009, bfloat16 by 0.011 and 0.06). Eight wrong rows of 1024 in one of 14 linears are
+differs by (float16 by 0.0014 and 0.009, bfloat16 by 0.014 and 0.07). Eight wrong rows of 1024 in one of 14 linears are
 beyond: 0.033 and 0.74 in float16 (the case ``planted error``)."""
 FP8_BOUNDS = {name: Bound(3 * b.mean, 3 * b.worst, 3 * b.near_tie) for name, b in BOUNDS.items()}
 """A cache in 8 bits turns differences in the last bit of 16 into some in the last of its three."""
@@ -187,7 +187,8 @@ def speculation() -> Case:
 
 
 def lora() -> Case:
-    ask = {"lengths": [1, 9, 40, 130, 1200], "seed": 500, "max_tokens": 16, "forced": True}
+    # Without logprobs of prompts: vLLM's LoRA of the head takes one row a sequence, and its engine ends (0.32, dense).
+    ask = {"lengths": [1, 9, 40, 130, 1200, *range(2, 22)], "seed": 500, "max_tokens": 16}
     steps = (("ask", ask), ("ask", {**ask, "lora": "{adapter}"}))
     jobs = pair(BASE, options={"enable_lora": True, "max_lora_rank": 8}, steps=steps)
     agree = twins_agree(BASE.dtype, steps=2)

@@ -46,7 +46,7 @@ class Engine:
         self.load_peaks: dict[str, int] = {}
         self._watch_loading()
         begin = time.perf_counter()
-        self.llm = vllm.LLM(model, skip_tokenizer_init=True, **options)
+        self.llm = vllm.LLM(model, **options)
         self.start_s = time.perf_counter() - begin
 
     def _watch_loading(self) -> None:
