@@ -188,7 +188,7 @@ def speculation() -> Case:
 
 def lora() -> Case:
     # Without logprobs of prompts: vLLM's LoRA of the head takes one row a sequence, and its engine ends (0.32, dense).
-    ask = {"lengths": [1, 9, 40, 130, 1200, *range(2, 22)], "seed": 500, "max_tokens": 16}
+    ask = {"lengths": [1, 9, 40, 130, 1200, *range(2, 22)], "seed": 500, "max_tokens": 8}
     steps = (("ask", ask), ("ask", {**ask, "lora": "{adapter}"}))
     jobs = pair(BASE, options={"enable_lora": True, "max_lora_rank": 8}, steps=steps)
     agree = twins_agree(BASE.dtype, steps=2)
