@@ -6,7 +6,8 @@
 
 Looking up costs the time of one launch for every 64 tokens (8 in the compact layout); decoding costs what a call with
 many tokens takes beyond the dense product. They meet where the launches cost as much as decoding and a dense product.
-The median over layers and formats is taken for each class of layers (``choice.crossover``).
+The median over layers and formats is taken for each class of layers (``choice.crossover``). The aligned layout has the
+classes of the stationary one, whose kernels it shares at these counts; results may be of either.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from vllm_vptq.format import parse_format
 from vllm_vptq.layouts import choice, stationary
 
-LAUNCH_TOKENS = {"stationary": 64, "compact": 8}
+LAUNCH_TOKENS = {"stationary": 64, "aligned": 64, "compact": 8}
 DECODED_TOKENS = 1024
 
 

@@ -3,6 +3,8 @@
     python -m benchmarks.kernels                       # the whole table, some minutes
     python -m benchmarks.kernels --formats v8-k65536 --shapes 8192x8192 --tokens 1 8
     python -m benchmarks.kernels --direct 64           # weights looked up, not decoded, up to 64 tokens
+    python -m benchmarks.kernels --norm                # as nearly all public checkpoints are
+    python -m benchmarks.kernels --norm --groups 4     # columns in groups that a permutation has scattered
 
 Every measurement is a CUDA graph of many calls that rotate among copies of the layer larger together than the L2
 cache, so weights come from memory, as in a model; the time of a call is that of the graph over the calls. The dense
@@ -25,7 +27,7 @@ from torch import Tensor
 from vllm_vptq import reference
 from vllm_vptq.build import cuda_extension
 from vllm_vptq.format import VPTQFormatError, parse_format
-from vllm_vptq.layouts import choice, compact
+from vllm_vptq.layouts import choice, compact, memory
 from vllm_vptq.parameters import ModuleShard, Segment
 
 FORMATS = [
@@ -60,17 +62,37 @@ class Layer:
 
 
 def random_shard(
-    v: int, k: int, r: int, out_features: int, in_features: int, dtype: torch.dtype, gen: torch.Generator
+    v: int,
+    k: int,
+    r: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    gen: torch.Generator,
+    norm: bool = False,
+    groups: int = 1,
 ) -> ModuleShard:
-    """A module with random books and indices, all equally likely, on the generator's device."""
+    """A module with random books and indices, all equally likely, on the generator's device.
+
+    ``norm``: one over columns. ``groups`` of columns have books of their own; a permutation decides which is in which.
+    With one group a permutation leaves no trace in a shard (see ``parameters``), so none is made.
+    """
     device = gen.device
     bits, res_bits, rows = int(math.log2(k)), int(math.log2(r)) if r else 0, -(-out_features // v)
-    words = -(-in_features * (bits + res_bits) // 32)
-    stream = torch.randint(-(1 << 31), 1 << 31, (rows, words), generator=gen, device=device, dtype=torch.int64)
-    book = (torch.randn(k, v, generator=gen, device=device) * 0.02).to(dtype)
-    residual = (torch.randn(r, v, generator=gen, device=device) * 0.005).to(dtype) if r else None
-    segment = Segment(v, bits, res_bits, in_features, 0, stream.to(torch.int32), None, book, residual)
-    return ModuleShard(out_features, in_features, (segment,))
+    order = torch.randperm(in_features, generator=gen, device=device).chunk(groups)
+    segments = []
+    for columns in order:
+        words = -(-columns.numel() * (bits + res_bits) // 32)
+        stream = torch.randint(-(1 << 31), 1 << 31, (rows, words), generator=gen, device=device, dtype=torch.int64)
+        book = (torch.randn(k, v, generator=gen, device=device) * 0.02).to(dtype)
+        residual = (torch.randn(r, v, generator=gen, device=device) * 0.005).to(dtype) if r else None
+        listed = None if groups == 1 else columns.sort().values.to(torch.int32)
+        segments.append(Segment(v, bits, res_bits, columns.numel(), 0, stream.to(torch.int32), listed, book, residual))
+    scale = shift = None
+    if norm:
+        scale = (0.5 + torch.rand(in_features, generator=gen, device=device)).to(dtype)
+        shift = (torch.randn(in_features, generator=gen, device=device) * 0.002).to(dtype)
+    return ModuleShard(out_features, in_features, tuple(segments), scale, shift)
 
 
 def build(shards: list[ModuleShard], dtype: torch.dtype, layout: str, direct_tokens: int | None = None) -> Layer:
@@ -122,10 +144,9 @@ def dense_microseconds(out_features: int, in_features: int, tokens: int, dtype: 
 def relative_error(layer: Layer, shards: list[ModuleShard], dtype: torch.dtype, tokens: int) -> float:
     """Of the first outputs against the torch implementation in float64."""
     x = torch.randn(tokens, shards[0].in_features, device="cuda").to(dtype)
-    (segment,) = shards[0].segments
-    first = replace(segment, words=segment.words[:64].contiguous())
-    outputs = min(shards[0].out_features, 64 * segment.vector_len)
-    part = _in_float64(replace(shards[0], segments=(first,), out_features=outputs))
+    outputs = min(shards[0].out_features, 64 * shards[0].segments[0].vector_len)
+    first = tuple(replace(segment, words=segment.words[:64].contiguous()) for segment in shards[0].segments)
+    part = _in_float64(replace(shards[0], segments=first, out_features=outputs))
     exact_layout = compact.build([part], torch.float64, x.device)
     exact = reference.linear(x.double(), *exact_layout.tensors().values(), None, exact_layout.plan)
     return ((layer(x)[:, :outputs].double() - exact).norm() / exact.norm()).item()
@@ -157,7 +178,8 @@ def measure(arguments: argparse.Namespace, save: Callable[[Rows], None]) -> Rows
         v, k, r = parse_format(name)
         for shape in arguments.shapes:
             outs, inputs = parse_shape(shape)
-            shards = [random_shard(v, k, r, out, inputs, dtype, gen) for out in outs]
+            extras = arguments.norm, arguments.groups
+            shards = [random_shard(v, k, r, out, inputs, dtype, gen, *extras) for out in outs]
             for layout in arguments.layouts:
                 layer = build(shards, dtype, layout, arguments.direct)
                 for tokens in arguments.tokens:
@@ -169,7 +191,8 @@ def measure(arguments: argparse.Namespace, save: Callable[[Rows], None]) -> Rows
                     error = relative_error(layer, shards, dtype, min(tokens, 64))
                     row = dict(
                         format=name, layer=shape, out_features=sum(outs), in_features=inputs, tokens=tokens,
-                        dtype=arguments.dtype, layout=layout, bits_per_weight=round(layer.bits, 3), us=round(us, 2),
+                        dtype=arguments.dtype, norm=arguments.norm, groups=arguments.groups, layout=layout,
+                        bits_per_weight=round(layer.bits, 3), us=round(us, 2),
                         dense_us=round(dense[key], 2), speedup=round(dense[key] / us, 3),
                         tera_weights_per_s=round(sum(outs) * inputs / us / 1e6, 3),
                         relative_error=float(f"{error:.3g}"),
@@ -203,7 +226,9 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=FORMATS, metavar="vV-kK[-R]")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NAME|OUTxIN", help=f"{', '.join(SHAPES)}")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--layouts", nargs="+", default=["stationary", "compact"], choices=["stationary", "compact"])
+    parser.add_argument("--layouts", nargs="+", default=["stationary", "aligned", "compact"], choices=memory.LAYOUTS)
+    parser.add_argument("--norm", action="store_true", help="with a norm over the columns of each module")
+    parser.add_argument("--groups", type=int, default=1, help="of scattered columns, each with books and a column list")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
     parser.add_argument("--direct", type=int, help="tokens up to which weights are looked up, not decoded")
     parser.add_argument("--out", type=Path, help="JSON file to write")

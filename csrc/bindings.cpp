@@ -143,22 +143,32 @@ struct Call {
     }
   }
 
-  // One product for all modules, if their weights are not too many; those of dense modules are left out, and their
-  // outputs, which mean nothing, computed again.
   void many(Tensor& y) const {
-    const int64_t step = std::min(
-        std::max<int64_t>(kDecodedBytes / 2 / plan.in_features / 128 * 128, 128), plan.out_features);
+    const auto& modules = plan.modules();
+    for (size_t first = 0, last; first < modules.size(); first = last) {
+      last = first + 1;
+      if (modules[first].dense) continue;
+      while (last < modules.size() && !modules[last].dense) last++;
+      many_of(y, first, last);
+    }
+  }
+
+  // One product for neighbouring modules, if their weights are not too many.
+  void many_of(Tensor& y, size_t first, size_t last) const {
+    const int64_t begin = plan.modules()[first].out_begin, end = plan.modules()[last - 1].out_end;
+    const int64_t step =
+        std::min(std::max<int64_t>(kDecodedBytes / 2 / plan.in_features / 128 * 128, 128), end - begin);
     Tensor weight = at::empty({step, plan.in_features}, x.options());
-    for (int64_t begin = 0; begin < plan.out_features; begin += step) {
-      const int64_t end = std::min(begin + step, plan.out_features);
-      for (size_t m = 0; m < plan.modules().size(); m++) {
+    for (int64_t row = begin; row < end; row += step) {
+      const int64_t count = std::min(step, end - row);
+      for (size_t m = first; m < last; m++) {
         const Module& module = plan.modules()[m];
-        const int64_t from = std::max<int64_t>(begin, module.out_begin), to = std::min<int64_t>(end, module.out_end);
-        if (module.dense || from >= to) continue;
-        Tensor rows = weight.narrow(0, from - begin, to - from);
+        const int64_t from = std::max<int64_t>(row, module.out_begin), to = std::min<int64_t>(row + count, module.out_end);
+        if (from >= to) continue;
+        Tensor rows = weight.narrow(0, from - row, to - from);
         decode_window(m, rows, {static_cast<int>(from - module.out_begin), static_cast<int>(to - module.out_begin)});
       }
-      product(y, begin, end - begin, weight.narrow(0, 0, end - begin).t());
+      product(y, row, count, weight.narrow(0, 0, count).t());
     }
   }
 
@@ -257,8 +267,8 @@ Tensor pack_resident(const Tensor& words, int64_t columns, int64_t bits, int64_t
                      int64_t res_shift, int64_t res_width, int64_t kind, int64_t loads, int64_t book_rows,
                      int64_t copies, int64_t vector_width) {
   const c10::cuda::CUDAGuard guard(words.device());
-  const int64_t tiles = vector_width == 16 ? words.size(0) : (words.size(0) + 1) / 2;
-  Tensor codes = at::empty({tiles * loads * 128}, words.options());
+  const int64_t size = vector_width == 16 ? words.size(0) * 64 : (words.size(0) + 1) / 2 * 128;
+  Tensor codes = at::empty({size * loads}, words.options());
   C10_CUDA_CHECK(fill_codes(Kind(kind), stream_of(words, columns, bits, shift, width),
                             stream_of(words, columns, bits, res_shift, res_width), loads, book_rows, copies, vector_width,
                             codes.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream()));

@@ -1,4 +1,5 @@
-"""Turns shards and layouts back into dense weights: once through the code, once by reading their docstrings slowly."""
+"""Makes shards of random layers; turns shards and layouts back into dense weights, once through the code, once by
+reading their docstrings slowly."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import itertools
 import torch
 from torch import Tensor
 
+from tests.strategies import random_tensors
+from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts.compact import CompactLayout
 from vllm_vptq.layouts.plan import ABSENT, NORM_COLUMNS, NORM_NONE, decode
-from vllm_vptq.parameters import ModuleShard, Range, Segment
+from vllm_vptq.parameters import ModuleShard, Range, Segment, cut_module
 from vllm_vptq.reference import decode_tile
 
 CPU = torch.device("cpu")
@@ -19,6 +22,32 @@ def split(size: int, parts: int) -> list[Range]:
     """``size`` in as equal parts as possible; parts that would be empty are left out."""
     bounds = [size * i // parts for i in range(parts + 1)]
     return [(lo, hi) for lo, hi in itertools.pairwise(bounds) if lo < hi]
+
+
+def fused_layer(
+    specs: list[LayerSpec | None],
+    dtype: torch.dtype = torch.float16,
+    rows: Range | None = None,
+    columns: Range | None = None,
+    device: torch.device = CPU,
+) -> tuple[list[ModuleShard], Tensor]:
+    """Shards of a fused layer of random modules (None: a dense one of 24 rows), and its weight in float64.
+
+    ``rows``, ``columns``: those of each quantized module that the rank has.
+    """
+    shards, weights = [], []
+    for seed, spec in enumerate(specs):
+        if spec is None:
+            gen = torch.Generator().manual_seed(seed)
+            dense = torch.randn(24, shards[0].in_features, generator=gen).to(dtype)
+            shards.append(ModuleShard(*dense.shape, dense=dense.to(device)))
+            weights.append(dense.double())
+            continue
+        tensors = random_tensors(spec, seed, dtype)
+        span = rows or (0, spec.shape[0]), columns or (0, spec.shape[1])
+        shards.append(cut_module(tensors, spec, *span, device))
+        weights.append(dequantize(tensors, spec, torch.float64)[slice(*span[0]), slice(*span[1])])
+    return shards, torch.cat(weights).to(device)
 
 
 def slow_dense(shard: ModuleShard) -> Tensor:

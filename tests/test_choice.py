@@ -24,19 +24,14 @@ from vllm_vptq.parameters import cut_module
 
 SPEC = LayerSpec(96, 40, 8, 256, 16)
 GPU = torch.device("cuda")
-KIB = 1024
 
 
 def shards(spec: LayerSpec = SPEC):
     return [cut_module(random_tensors(spec, 0), spec, (0, spec.shape[0]), (0, spec.shape[1]))]
 
 
-def fake_gpu(monkeypatch, shared_kib: int = 227, free: float = 0.9) -> None:
-    properties = SimpleNamespace(shared_memory_per_block_optin=shared_kib * KIB, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 1000), 1000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+def never() -> str:
+    raise AssertionError("there is but one layout here")
 
 
 @pytest.mark.parametrize(("major", "tensor_groups"), [(8, False), (9, True), (10, False), (12, False)])
@@ -47,7 +42,7 @@ def test_hardware(major, tensor_groups, monkeypatch):
 
 
 def test_on_a_cpu():
-    layout, tensors = choice.build("layer", shards(), torch.float32, CPU)
+    layout, tensors = choice.build("layer", shards(), torch.float32, CPU, never)
     assert (layout.name, layout.apply_op) == ("compact", ops.linear)
     x = torch.randn(3, 96)
     weight = dequantize(random_tensors(SPEC, 0), SPEC)
@@ -63,7 +58,7 @@ def test_no_kernels_is_an_error_unless_the_slow_way_is_asked_for(device, monkeyp
     monkeypatch.setattr(choice, "cuda_extension", fail)
     monkeypatch.delenv(ops.ALLOW_REFERENCE, raising=False)
     with pytest.raises(RuntimeError, match=rf"\Amodel\.q: .*no nvcc; install it.*{ops.ALLOW_REFERENCE}=1.*\Z"):
-        choice.build("model.q", shards(), torch.float16, torch.device(device))
+        choice.build("model.q", shards(), torch.float16, torch.device(device), never)
     monkeypatch.setenv(ops.ALLOW_REFERENCE, "1")
     assert not choice._native("model.q", torch.float16)
 
@@ -72,40 +67,11 @@ def test_float32_is_an_error_on_a_gpu(monkeypatch):
     monkeypatch.setattr(choice, "cuda_extension", lambda: None)
     monkeypatch.delenv(ops.ALLOW_REFERENCE, raising=False)
     with pytest.raises(RuntimeError, match=r"\Amodel\.q: .*float32; pass --dtype float16"):
-        choice.build("model.q", shards(), torch.float32, GPU)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "shared", "free", "expected"),
-    [
-        (None, 227, 0.9, "stationary"),
-        ("auto", 227, 0.9, "stationary"),
-        ("auto", 227, 0.4, "compact"),
-        ("stationary", 227, 0.1, "stationary"),
-        ("compact", 227, 0.9, "compact"),
-        ("auto", 99, 0.9, "compact"),
-    ],
-)
-def test_choice_on_a_gpu(wanted, shared, free, expected, monkeypatch):
-    fake_gpu(monkeypatch, shared, free)
-    monkeypatch.delenv(choice.LAYOUT, raising=False)
-    if wanted:
-        monkeypatch.setenv(choice.LAYOUT, wanted)
-    assert choice._choose(GPU) == expected
-
-
-def test_impossible_choices(monkeypatch):
-    fake_gpu(monkeypatch, shared_kib=99)
-    monkeypatch.setenv(choice.LAYOUT, "stationary")
-    with pytest.raises(RuntimeError, match=r"needs 227 KiB .* has 99; use auto or compact"):
-        choice._choose(GPU)
-    monkeypatch.setenv(choice.LAYOUT, "fast")
-    with pytest.raises(ValueError, match="VLLM_VPTQ_LAYOUT=fast: choose one of auto, compact, stationary"):
-        choice._choose(GPU)
+        choice.build("model.q", shards(), torch.float32, GPU, never)
 
 
 def test_crossovers_are_numbers_for_every_class():
-    classes = {"compact", "stationary resident", "stationary far"}
+    classes = {"compact", "resident", "far"}
     for name, table in choice._crossovers().items():
         assert set(table) == classes, name
         assert all(isinstance(tokens, int) and tokens > 0 for tokens in table.values())
@@ -123,7 +89,7 @@ def test_crossovers_are_numbers_for_every_class():
     ],
 )
 def test_crossover_class(spec, expected):
-    assert stationary.crossover_class(shards(spec)) == f"stationary {expected}"
+    assert stationary.crossover_class(shards(spec)) == expected
 
 
 def test_crossovers_from_measurements():
@@ -138,16 +104,16 @@ def test_crossovers_from_measurements():
         row("compact", "v6-k4096", 1024, 80.0, 50.0),
     ]
     # 64 tokens cost 80 us; decoding and a dense product 100 + 12
-    assert crossovers(rows) == {"compact": 8, "stationary far": 90}
+    assert crossovers(rows) == {"compact": 8, "far": 90}
 
 
 def test_resident_bytes_are_logged_with_the_last_layer(caplog):
-    resident = choice.Resident()
-    resident.awaited = 2
+    layers = choice.Layers()
+    layers.awaited = 2
     with caplog.at_level(logging.INFO, logger=choice.logger.name):
-        resident.add("stationary", 1 << 20, [torch.zeros(1 << 17, dtype=torch.int32), None])
+        layers.add("stationary", 1 << 20, [torch.zeros(1 << 17, dtype=torch.int32), None])
         assert not caplog.messages
-        resident.add("compact", 1 << 20, [torch.zeros(1 << 18, dtype=torch.uint8)])
+        layers.add("compact", 1 << 20, [torch.zeros(1 << 18, dtype=torch.uint8)])
     assert caplog.messages == [
         "VPTQ weights: 0.00 GiB in stationary layout (4.00 bits/weight), 0.00 GiB in compact layout (2.00 bits/weight)"
     ]

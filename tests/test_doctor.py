@@ -163,7 +163,7 @@ def test_text_for_people(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("VLLM_VPTQ_LAYOUT", "compact")
     monkeypatch.setenv("VLLM_VPTQ_TYPO", "[red]")
     out = call().stdout
-    assert "compact (how weights lie in a GPU's memory: auto, compact or stationary)" in out
+    assert "compact (how weights lie in a GPU's memory: auto, compact, aligned or stationary)" in out
     assert "[red] (not read by vllm-vptq)" in out and "→ pip install vllm" in out
     assert "serves VPTQ models with native kernels" in out
 

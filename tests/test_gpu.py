@@ -1,4 +1,4 @@
-"""The CUDA kernels, in both layouts, against float64. Skipped without a GPU."""
+"""The CUDA kernels, in every layout, against float64. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.strategies import random_tensors, spec_extras
+from tests.shards import fused_layer
+from tests.strategies import spec_extras
 from vllm_vptq import gpu
-from vllm_vptq.format import LayerSpec, dequantize
+from vllm_vptq.format import LayerSpec
 from vllm_vptq.layouts import choice, compact, stationary, streams
-from vllm_vptq.parameters import ModuleShard, cut_module
+from vllm_vptq.layouts.passes import SLICE_ROWS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-LAYOUTS = ["compact", "stationary"]
+LAYOUTS = ["compact", "aligned", "stationary"]
+DEVICE = torch.device("cuda")
 DTYPES = [torch.float16, torch.bfloat16]
 TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 16, 17, 32, 40, 64, 100, 300]
 
@@ -36,6 +38,9 @@ FORMATS = {
     "v20-k512-4": dict(vector_len=20, num_centroids=512, num_res_centroids=4),
 }
 EXTRAS = spec_extras(num_outlier_centroids=700)
+# Where no book needs lists, the aligned layout is the stationary one.
+LISTED = [name for name, spec in FORMATS.items() if max(spec.values()) > SLICE_ROWS]
+EACH = [(name, layout) for name in FORMATS for layout in LAYOUTS if layout != "aligned" or name in LISTED]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,31 +50,28 @@ def extension():
     cuda_extension()
 
 
+def require(layout: str) -> None:
+    if layout not in choice.available(DEVICE):
+        pytest.skip(f"this GPU has no {layout} layout")
+
+
 class Layer:
     """A fused layer of the given modules (None: a dense one of 24 rows) and its weight in float64."""
 
     def __init__(self, specs: list[LayerSpec | None], dtype: torch.dtype, layout: str, rows=None, columns=None) -> None:
-        device = torch.device("cuda")
-        shards, weights = [], []
-        for seed, spec in enumerate(specs):
-            if spec is None:
-                dense = torch.randn(24, shards[0].in_features).to(dtype)
-                shards.append(ModuleShard(24, shards[0].in_features, dense=dense.to(device)))
-                weights.append(dense.double())
-                continue
-            tensors = random_tensors(spec, seed, dtype)
-            span = rows or (0, spec.shape[0]), columns or (0, spec.shape[1])
-            shards.append(cut_module(tensors, spec, *span, device))
-            weights.append(dequantize(tensors, spec, torch.float64)[slice(*span[0]), slice(*span[1])])
-        self.dtype, self.weight = dtype, torch.cat(weights).to(device)
-        hardware = stationary.Gpu.of(device)
-        self.in_features = shards[0].in_features
+        require(layout)
+        self.dtype = dtype
+        self.shards, self.weight = fused_layer(specs, dtype, rows, columns, DEVICE)
+        hardware = stationary.Gpu.of(DEVICE)
+        self.in_features = self.shards[0].in_features
         if layout == "compact":
-            self.layout = streams.build(compact.build(shards, dtype, device), self.in_features, hardware.processors, 16)
+            small = compact.build(self.shards, dtype, DEVICE)
+            self.layout = streams.build(small, self.in_features, hardware.processors, 16)
         else:
-            self.layout = stationary.build(shards, dtype, device, hardware, 128)
-        self.bias = torch.randn(len(self.weight), device=device).to(dtype)
-        self.shards, self.run = shards, self._look_up
+            lists = layout == "stationary"
+            self.layout = stationary.build(self.shards, dtype, DEVICE, hardware, 128, lists)
+        self.bias = torch.randn(len(self.weight), device=DEVICE).to(dtype)
+        self.run = self._look_up
 
     def _look_up(self, x: Tensor, bias: Tensor) -> Tensor:
         return gpu.lookup_linear(x, **self.layout.tensors(), bias=bias, plan=self.layout.plan)
@@ -104,8 +106,7 @@ def rms(x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "layout"), EACH)
 def test_formats(name, layout, extra):
     for dtype in DTYPES:
         extras = EXTRAS[extra]
@@ -126,14 +127,15 @@ def test_fused(layout, dtype):
         layer.check(layer.tokens(count))
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_as_a_model_is_served(name):
+@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name, layout in EACH if layout != "compact"])
+def test_as_a_model_is_served(name, layout):
     """Through ``choice``, which the plugin asks."""
+    require(layout)
     for extra in ("column norm", "groups", "outliers"):
         extras = EXTRAS[extra]
         spec = LayerSpec(300 + extras.get("outlier_size", 0), 117, **FORMATS[name], **extras)
         layer = Layer([spec, None, spec], torch.bfloat16, "compact")
-        layer.layout, tensors = choice.lay_out("stationary", layer.shards, layer.dtype, torch.device("cuda"), 80)
+        layer.layout, tensors = choice.lay_out(layout, layer.shards, layer.dtype, DEVICE, 80)
         layer.run = lambda x, bias, made=layer.layout, tensors=tensors: made.apply(x, bias, **tensors)
         for count in (1, 8, 20, 80, 81):
             layer.check(layer.tokens(count))
@@ -176,10 +178,9 @@ def test_more_outputs_than_are_decoded_at_a_time(layout):
 
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("most", [0, 16])
-def test_either_kernel_at_any_count(name, extra, most, monkeypatch):
-    """Also where the layout leaves few tokens to the other."""
-    monkeypatch.setattr(stationary, "few_tokens", lambda *_: most)
+def test_kernels_of_few_tokens(name, extra, monkeypatch):
+    """Also where wide.cuh would serve, as it does in the aligned layout at any count."""
+    monkeypatch.setattr(stationary, "few_tokens", lambda *_: 16)
     extras = EXTRAS[extra]
     spec = LayerSpec(300 + extras.get("outlier_size", 0), 417, **FORMATS[name], **extras)
     layer = Layer([spec, spec], torch.float16, "stationary")
@@ -261,8 +262,7 @@ def test_opcheck_and_compile(layout):
         assert torch.equal(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "layout"), EACH)
 def test_weight(name, layout):
     spec = LayerSpec(300, 117, **FORMATS[name], enable_norm=True)
     layer = Layer([spec, spec], torch.float16, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from itertools import permutations
 from types import SimpleNamespace
@@ -228,6 +229,36 @@ def test_the_key_of_the_compile_cache_holds_what_graphs_hold(rank):
     assert compile_key(prefix="l.other_proj") != compile_key()
 
 
+def test_the_key_of_the_compile_cache_follows_weights_that_change_the_plan(rank):
+    """Two ranks, two groups, as above: another permutation is another plan."""
+    rank(0, 2)
+    spec = LayerSpec(24, 8, 4, 16, group_num=2, enable_perm=True)
+
+    def key(perm: torch.Tensor) -> str:
+        config, module = VllmConfig(), Module("l.o_proj", spec, 0)
+        module.tensors["perm"] = perm.to(torch.int16)
+        with set_current_vllm_config(config):
+            layer = RowParallelLinear(24, 8, bias=False, quant_config=make_config(module), prefix="l.o_proj")
+        unfinished = config.compute_hash()
+        load(layer, [module], [None])
+        finish(layer)
+        assert config.compute_hash() != unfinished == VllmConfig().compute_hash()
+        return config.compute_hash()
+
+    plain, again, rolled = (key(perm) for perm in (torch.arange(24), torch.arange(24), torch.arange(24).roll(6)))
+    assert plain == again != rolled
+
+
+def test_configuration_is_pickled_without_its_layers(rank):
+    """vLLM sends it to other processes, and compiled graphs go to its cache with it."""
+    config = make_config(*qkv_modules(0), packed={"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
+    layer = QKVParallelLinear(K, 5, 4, 2, params_dtype=torch.float32, quant_config=config, prefix="l.qkv_proj")
+    load(layer, qkv_modules(0), IDS)
+    unpickled = pickle.loads(pickle.dumps(config))
+    assert list(unpickled.specs) == list(config.specs)
+    assert len(pickle.dumps(unpickled)) == len(pickle.dumps(config)) < 10_000
+
+
 def test_the_key_of_the_compile_cache_adds_up(rank):
     """The order and every one of several layers count."""
 
@@ -255,7 +286,7 @@ def test_batch_invariant_mode_is_traced_whole(rank):
                 self.register_buffer(name, value)
             self.vptq_layout, self.vptq_dtype = layout, torch.float32
             self.vptq_dense_product = torch.nn.functional.linear
-            self.method = VPTQLinearMethod("l", [], choice.Resident())
+            self.method = VPTQLinearMethod("l", [], choice.Layers())
 
         def forward(self, x):
             return self.method.apply(self, x, None)

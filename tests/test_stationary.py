@@ -1,4 +1,4 @@
-"""The stationary layout without a GPU: its packing, and kernels that do in float64 what csrc/cuda does in fragments.
+"""The stationary and the aligned layout without a GPU: their packing, and csrc/cuda's kernels done in float64.
 
 ``Kernels`` gets what the CUDA kernels get, the tensors of a layout and the plan, and works off every thread block's
 jobs one after another. Memory that nobody has written is NaN; an address outside of a tensor or of shared memory, and
@@ -39,12 +39,12 @@ from tests.packers import (
     resident_place,
     round8,
 )
-from tests.shards import CPU
+from tests.shards import CPU, fused_layer
 from tests.strategies import few, random_tensors, spec_extras, specs
 from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.work import ABSENT, Job, Kind, LookupLayout, Module
-from vllm_vptq.parameters import ModuleShard, Range, cut_module
+from vllm_vptq.parameters import ModuleShard, cut_module
 
 RING_ROWS = RING_BYTES // 16
 STRIP_SUMS = WIDE_TILES * TILE_OUTPUTS
@@ -188,11 +188,15 @@ class Kernels:
         kind, at, row_words = Kind(job.kind), job.codes, job.row_words
         if residual:
             kind, at, row_words = Kind.BYTES, job.lists, job.list_tiles
-        assert at % 4 == 0 and row_words % 128 == 0  # a lane loads four words
+        lanes = LANES // 2 if job.width == 16 else LANES  # of which two share a load where they look up halves
+        size = (lanes.max() + 1) * 4
+        assert at % 4 == 0 and row_words % size == 0  # a lane loads four words
         words = self._take("codes", at + tiles.start * row_words, len(tiles) * row_words)
         per_word = STEPS[kind] // 4
         bits = 32 // per_word
-        code = words.reshape(len(tiles), -1, 32, 4, 1) >> bits * np.arange(per_word) & ((1 << bits) - 1)
+        code = words.reshape(len(tiles), -1, size // 4, 4, 1)[:, :, lanes] >> bits * np.arange(per_word) & (
+            (1 << bits) - 1
+        )
         return code.reshape(*code.shape[:3], -1).swapaxes(2, 3).reshape(len(tiles), -1, 32)
 
     def _look_up(self, job: Job, code: np.ndarray, shared: Shared, base: int) -> np.ndarray:
@@ -350,53 +354,32 @@ def check(
 ) -> list[Plan]:
     """Packs a layer, and compares the products with ``weight`` in float64, and the decoded weight with it.
 
-    Returns the plans of a layout all of whose variants are wide.cuh's, and of one where multiply.cu has what it can.
+    Returns the plans of the aligned layout, which wide.cuh serves alone, and of the stationary one, where multiply.cu
+    has what it can.
     """
     dense = weight.double().numpy()
     x = np.random.default_rng(0).standard_normal((69, dense.shape[1]))
     plans = []
-    for most in (0, 16):
-        layout = build(shards, processors, dtype, most)
+    for layout in (build(shards, processors, dtype, lists=False), build(shards, processors, dtype, most=16)):
         assert layout.books.dtype == dtype and layout.books.numel() % 8 == 0
         kernels = Kernels(layout)
         kernels.plan.check_limits(processors)
         for tokens in (5, 13, 29, 69):  # the last one in two launches
             np.testing.assert_allclose(kernels.linear(x[:tokens]), x[:tokens] @ dense.T, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(kernels.weight(40), dense, rtol=1e-12, atol=1e-12)
         plans.append(kernels.plan)
-    np.testing.assert_allclose(kernels.weight(40), dense, rtol=1e-12, atol=1e-12)
     assert [[v.max_tokens for v in plan.variants if v.wide != ABSENT] for plan in plans] == [[8, 16, 32, 64], [32, 64]]
     return plans
 
 
 def build(
     shards: list[ModuleShard], processors: int = 132, dtype: torch.dtype = torch.float16, most: int | None = None,
-    tensor_groups: bool = True,
+    tensor_groups: bool = True, lists: bool = True,
 ) -> LookupLayout:  # fmt: skip
     """Lays a layer out; ``most``: tokens that multiply.cu serves, if the layout is not to decide."""
     served = stationary.few_tokens if most is None else lambda *_: most
     with mock.patch.object(stationary, "few_tokens", served):
-        return stationary.build(shards, dtype, CPU, stationary.Gpu(processors, tensor_groups), 64)
-
-
-def layer(
-    layer_specs: list[LayerSpec | None],
-    rows: Range | None = None,
-    columns: Range | None = None,
-    dtype: torch.dtype = torch.float16,
-) -> tuple[list[ModuleShard], Tensor]:
-    """Shards of a fused layer (None: a dense module) and its weight."""
-    shards, weights = [], []
-    for seed, spec in enumerate(layer_specs):
-        if spec is None:
-            dense = torch.randn(24, shards[0].in_features, generator=torch.Generator().manual_seed(seed)).to(dtype)
-            shards.append(ModuleShard(*dense.shape, dense=dense))
-            weights.append(dense.double())
-            continue
-        tensors = random_tensors(spec, seed, dtype)
-        span = rows or (0, spec.shape[0]), columns or (0, spec.shape[1])
-        shards.append(cut_module(tensors, spec, *span))
-        weights.append(dequantize(tensors, spec, torch.float64)[slice(*span[0]), slice(*span[1])])
-    return shards, torch.cat(weights)
+        return stationary.build(shards, dtype, CPU, stationary.Gpu(processors, tensor_groups), 64, lists)
 
 
 FORMATS = {
@@ -421,7 +404,7 @@ EXTRAS = spec_extras(num_outlier_centroids=9000)
 def test_formats(name, extra):
     extras = EXTRAS[extra]
     spec = LayerSpec(300 + extras.get("outlier_size", 0), 61, **FORMATS[name], **extras)
-    check(*layer([spec]))
+    check(*fused_layer([spec]))
 
 
 def check_any(spec: LayerSpec, seed: int, processors: int, dtype: torch.dtype, data: st.DataObject) -> None:
@@ -470,7 +453,7 @@ def test_fused(processors):
     plain = LayerSpec(520, 96, **FORMATS["v8-k65536"])
     normed = LayerSpec(520, 50, **FORMATS["v6-k4096"], **EXTRAS["column norm"])
     rows = LayerSpec(520, 33, **FORMATS["v8-k256-256"], **EXTRAS["row norm"])
-    for plan in check(*layer([plain, None, normed, rows, None, plain]), processors):
+    for plan in check(*fused_layer([plain, None, normed, rows, None, plain]), processors):
         assert [m.dense for m in plan.variants[0].modules] == [0, 1, 0, 0, 1, 0]
         assert {v.wide for v in plan.variants} <= {ABSENT, Kind.DOT}
 
@@ -480,7 +463,7 @@ def test_fused(processors):
 def test_shards_that_skip(name, extra):
     spec = LayerSpec(512, 101, **FORMATS[name], **EXTRAS[extra])
     for rows, columns in [((37, 93), (0, 512)), ((0, 101), (128, 384)), ((100, 101), (5, 512))]:
-        for plan in check(*layer([spec], rows, columns)):
+        for plan in check(*fused_layer([spec], rows=rows, columns=columns)):
             assert [p.skip for p in plan.variants[0].parts][-1] == rows[0] % spec.vector_len
 
 
@@ -488,7 +471,7 @@ def test_shards_that_skip(name, extra):
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v8-k65536", "v6-k4096", "v12-k65536"])
 def test_shapes(name, shape):
     """(out, in): several tiles and spans of columns, tails, and so few rows that columns are cut further."""
-    for plan in check(*layer([LayerSpec(shape[1], shape[0], **FORMATS[name])])):
+    for plan in check(*fused_layer([LayerSpec(shape[1], shape[0], **FORMATS[name])])):
         if shape[1] > 4096:
             for v in plan.variants:
                 assert all(part.splits > 1 for part in v.parts)
@@ -499,7 +482,7 @@ def test_shapes(name, shape):
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v6-k4096", "v20-k16384-65536"])
 def test_outputs_in_more_or_fewer_pieces(name, processors):
     """Thread blocks of wide.cuh end in the middle of some outputs."""
-    plans = check(*layer([LayerSpec(2900, 500, **FORMATS[name], **EXTRAS["column norm"])]), processors)
+    plans = check(*fused_layer([LayerSpec(2900, 500, **FORMATS[name], **EXTRAS["column norm"])]), processors)
     parts = [part for plan in plans for v in plan.variants if v.wide != ABSENT for part in v.parts]
     assert any(part.counts != ABSENT for part in parts) == (processors > 1)
 
@@ -520,7 +503,7 @@ def test_outputs_in_more_or_fewer_pieces(name, processors):
     ],
 )
 def test_which_kernel_serves(names, wide, most):
-    shards, weight = layer([LayerSpec(320, 61, **FORMATS[name]) for name in names.split()])
+    shards, weight = fused_layer([LayerSpec(320, 61, **FORMATS[name]) for name in names.split()])
     x = np.random.default_rng(1).standard_normal((69, 320))
     for tensor_groups in (True, False):
         layout = build(shards, tensor_groups=tensor_groups)
@@ -540,12 +523,12 @@ def test_which_kernel_serves(names, wide, most):
 def test_images_fill_shared_memory(entries):
     """Only books of outliers may have any size."""
     extras = dict(outlier_size=20, outlier_vector_len=8, num_outlier_centroids=entries)
-    check(*layer([LayerSpec(320, 100, **FORMATS["v8-k256-256"], **extras)]), processors=3)
+    check(*fused_layer([LayerSpec(320, 100, **FORMATS["v8-k256-256"], **extras)]), processors=3)
 
 
 def test_neighbours_share_a_slice():
     """One thread block does everything, slice by slice: 3 ranges of columns and 8 slices, each filled once."""
-    shards, weight = layer([LayerSpec(9000, 24, **FORMATS["v8-k65536"])])
+    shards, weight = fused_layer([LayerSpec(9000, 24, **FORMATS["v8-k65536"])])
     _, plan = check(shards, weight, processors=1)
     for v, ranges in zip(plan.variants[:2], (3, 5), strict=True):
         (jobs,) = v.jobs
@@ -563,7 +546,7 @@ def test_pieces_of_a_module_share_its_book():
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_norm_columns_and_dense_weights_lie_as_in_the_compact_layout(extra):
     spec = LayerSpec(300 + EXTRAS[extra].get("outlier_size", 0), 50, **FORMATS["v12-k4096-64"], **EXTRAS[extra])
-    shards, _ = layer([spec, None, spec])
+    shards, _ = fused_layer([spec, None, spec])
     made, small = build(shards), compact.build(shards, torch.float16, CPU)
     for name in ("norm", "columns", "dense"):
         mine, theirs = getattr(made, name), getattr(small, name)

@@ -24,7 +24,7 @@ class VPTQConfig(QuantizationConfig):
         super().__init__()
         self._specs = specs
         self._applied_mappers: list[Any] = []
-        self._resident = choice.Resident()
+        self._quantized = choice.Layers()
 
     @property
     def specs(self) -> LayerSpecs:
@@ -86,8 +86,8 @@ class VPTQConfig(QuantizationConfig):
                 return UnquantizedLinearMethod()
             if prefix.rpartition(".")[2] == "kv_b_proj":
                 # vLLM's MLA reads this layer's weight itself.
-                return VPTQDequantizedLinearMethod(prefix, modules, self._resident)
-            return VPTQLinearMethod(prefix, modules, self._resident)
+                return VPTQDequantizedLinearMethod(prefix, modules, self._quantized)
+            return VPTQLinearMethod(prefix, modules, self._quantized)
         if isinstance(layer, ParallelLMHead) and prefix in self.specs:
             raise VPTQFormatError(prefix, QUANTIZED_HEAD)
         if is_routed_experts(layer) and self._has_experts(prefix):

@@ -34,14 +34,14 @@ class VPTQLinearMethod(LinearMethodBase):
     """The linear method of one (possibly fused) layer.
 
     ``modules`` are the checkpoint modules behind it, in output order; a spec of None is a module left dense.
-    ``resident`` adds up what the layers of the model hold.
+    ``layers`` are those of the model, which share its memory.
     """
 
-    def __init__(self, prefix: str, modules: Modules, resident: choice.Resident) -> None:
+    def __init__(self, prefix: str, modules: Modules, layers: choice.Layers) -> None:
         self.prefix = prefix
         self.modules = modules
-        self.resident = resident
-        resident.awaited += 1
+        self.layers = layers
+        layers.awaited += 1
 
     def create_weights(
         self,
@@ -62,10 +62,13 @@ class VPTQLinearMethod(LinearMethodBase):
         layer.vptq_dtype = params_dtype
         layer.vptq_layout = None
         intake = layer.vptq_intake = Intake(sources, device, on_ready=partial(self._reloaded, layer))
+        config = layer.vptq_config = compat.current_config()
+        if config is not None:
+            self.layers.memory_share = config.cache_config.gpu_memory_utilization
+        self.layers.expect(self.prefix, intake.loaded)
         for tensor in sorted(intake.tensor_names()):
             _add_placeholder(layer, tensor, _loader(self.prefix, intake, tensor), params_dtype)
         compat.reload_in_place(layer, finished=intake.require_whole)
-        layer.vptq_config = compat.current_config()
         layer.vptq_dense_product = compat.batch_invariant_product()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -85,7 +88,7 @@ class VPTQLinearMethod(LinearMethodBase):
         if before is not None:
             self._replace(layer, before, layout, tensors)
             return
-        self.resident.add(layout.name, layout.weights, tensors.values())
+        self.layers.add(layout.name, layout.weights, tensors.values())
         compat.add_to_compile_key(layer.vptq_config, self.prefix, (layout.name, layout.plan))
         for name, tensor in tensors.items():
             parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
@@ -97,9 +100,14 @@ class VPTQLinearMethod(LinearMethodBase):
     def _lay_out(self, layer: torch.nn.Module) -> tuple[choice.LayerLayout, dict[str, Tensor | None]]:
         """Turns the shards into kernel tensors, in the layout the layer has if it was loaded before."""
         intake: Intake = layer.vptq_intake
-        kind = None if layer.vptq_layout is None else layer.vptq_layout.name
-        layer.vptq_layout, tensors = choice.build(self.prefix, intake.release(), layer.vptq_dtype, intake.device, kind)
+        choose = partial(self._choose, layer)
+        layer.vptq_layout, tensors = choice.build(self.prefix, intake.loaded(), layer.vptq_dtype, intake.device, choose)
+        intake.release()
         return layer.vptq_layout, tensors
+
+    def _choose(self, layer: torch.nn.Module) -> str:
+        before: choice.LayerLayout | None = layer.vptq_layout
+        return before.name if before else self.layers.choose(self.prefix, layer.vptq_intake.device)
 
     def _replace(
         self,
@@ -144,7 +152,7 @@ class VPTQDequantizedLinearMethod(VPTQLinearMethod):
         if getattr(layer, "weight", None) is not None:
             layer.weight.data.copy_(weight)
             return
-        self.resident.add("dequantized", layout.weights, [weight])
+        self.layers.add("dequantized", layout.weights, [weight])
         layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
         layer.quant_method = UnquantizedLinearMethod()
         layer.quant_method.process_weights_after_loading(layer)

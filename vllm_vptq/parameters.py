@@ -240,9 +240,13 @@ class Intake:
         if not self.untouched:
             self.require_ready()
 
+    def loaded(self) -> list[ModuleShard]:
+        """The shards, in output order, if every source has been cut; else none."""
+        return [shard for source in self.sources for shard in source.shards] if self.ready else []
+
     def release(self) -> list[ModuleShard]:
         """Hands the shards over, in output order, and forgets them."""
-        shards = [shard for source in self.sources for shard in source.shards]
+        shards = self.loaded()
         for source in self.sources:
             source.shards, source.staged = [], {}
         return shards

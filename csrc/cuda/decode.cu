@@ -20,10 +20,11 @@ struct Codes {
   const uint4* words;
   Kind kind;
   int row_words, rows8;
+  bool halves;  // of entries of 16 elements, whose code two lanes share
 
   __device__ Codes(const Layer& layer, const Job& job)
       : words(reinterpret_cast<const uint4*>(layer.codes + job.codes)), kind(Kind(job.kind)),
-        row_words(job.row_words), rows8((job.book_rows + 7) & ~7) {}
+        row_words(job.row_words), rows8((job.book_rows + 7) & ~7), halves(job.width == 16) {}
 
   __device__ __forceinline__ uint4 load(int row, int block, int lane) const {
     const int32_t* from = reinterpret_cast<const int32_t*>(words) + size_t(row) * row_words;
@@ -31,7 +32,7 @@ struct Codes {
       const uint2 half = __ldg(reinterpret_cast<const uint2*>(from + (block / 2 * 32 + lane) * 4 + block % 2 * 2));
       return make_uint4(half.x, half.y, 0, 0);
     }
-    return load_once(reinterpret_cast<const uint4*>(from) + block * 32 + lane);
+    return load_once(reinterpret_cast<const uint4*>(from) + (halves ? block * 16 + lane / 2 : block * 32 + lane));
   }
   // `s` is a constant; of pairs, the entry of the second book.
   __device__ __forceinline__ unsigned entry(const uint4& load, int s, bool second) const {

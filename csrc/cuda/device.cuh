@@ -32,6 +32,17 @@ __device__ __forceinline__ unsigned pack(T low, T high) {
   return unsigned(*reinterpret_cast<uint16_t*>(&low)) | unsigned(*reinterpret_cast<uint16_t*>(&high)) << 16;
 }
 
+template <typename T>
+__device__ __forceinline__ float2 unpack(unsigned pair);
+template <>
+__device__ __forceinline__ float2 unpack<__half>(unsigned pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(unsigned pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -144,6 +155,18 @@ template <int Offset>
 __device__ __forceinline__ unsigned load_once(const unsigned* p) {
   unsigned r;
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1 + %2];" : "=r"(r) : "l"(p), "n"(Offset * 4));
+  return r;
+}
+
+// From shared memory by its own address: a generic pointer would have to be resolved first.
+__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
+  uint4 r;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(address));
+  return r;
+}
+__device__ __forceinline__ float load_shared(uint32_t address) {
+  float r;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(address));
   return r;
 }
 

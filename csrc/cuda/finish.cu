@@ -8,6 +8,7 @@ namespace vptq {
 namespace {
 
 constexpr int kFinishThreads = 128;
+constexpr int kFinishBlocks = 16;  // on a multiprocessor: 32 registers a thread
 
 // The records of an ordinary layer travel as arguments of the kernel: reading them from memory, cold as it is by now,
 // took longer than the sums.
@@ -21,12 +22,13 @@ struct Many {
   const Part* parts;
 };
 
-// `Share` neighbouring threads share a number: each adds its share of the splits.
-template <typename T, int Share, typename Records>
-__global__ void __launch_bounds__(kFinishThreads)
+// `Share` neighbouring threads share a number: each adds its share of the splits. A thread has `Each` tokens' numbers of
+// an output. Registers are few, that blocks may wait beside those of the kernel whose sums they want.
+template <typename T, int Share, int Each, typename Records>
+__global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
     finish_kernel(const __grid_constant__ Records records, int module_count, const int32_t* __restrict__ work,
-                  const float* __restrict__ workspace, int64_t stride, const float* __restrict__ norm, const T* __restrict__ bias, T* __restrict__ y,
-                  int out_features) {
+                  const float* __restrict__ workspace, int64_t stride, const float* __restrict__ norm,
+                  const T* __restrict__ bias, T* __restrict__ y, int out_features, int tokens) {
   const int output = (blockIdx.x * kFinishThreads + threadIdx.x) / Share, mine = threadIdx.x % Share;
   let_next_start();
   if (output >= out_features) return;
@@ -40,23 +42,32 @@ __global__ void __launch_bounds__(kFinishThreads)
   const float factor = module.scale < 0 ? 1.f : norm[module.scale + n];
   const float offset = module.scale < 0 ? 1.f : norm[module.shift + n];
   wait_for_previous();
-  const float* sums = workspace + blockIdx.y * stride;
-  const float dot = module.dot < 0 ? 0.f : __ldcg(sums + module.dot);
-  float product = 0.f;
+  const float* sums[Each];
+  float products[Each] = {};
+#pragma unroll
+  for (int i = 0; i < Each; i++) sums[i] = workspace + min(int(blockIdx.y) * Each + i, tokens - 1) * stride;
   for (int p = module.part_begin; p < module.part_end; p++) {
     const Part& part = records.parts[p];
     const int vector_row = (n + part.skip) / part.vector_len, element = (n + part.skip) % part.vector_len;
     const int within = element - part.plane * 8;
     if (within < 0 || within >= part.width) continue;
-    const float* at = sums + part.out + vector_row * part.width + within;
+    const int at = part.out + vector_row * part.width + within;
     const int splits = part.counts < 0 ? part.splits : __ldg(work + part.counts + vector_row * part.width / kWideRows);
-#pragma unroll 8
-    for (int s = mine; s < splits; s += Share) product += __ldcg(at + int64_t(s) * part.stride);
+#pragma unroll (8 / Each)
+    for (int s = mine; s < splits; s += Share) {
+#pragma unroll
+      for (int i = 0; i < Each; i++) products[i] += __ldcg(sums[i] + at + int64_t(s) * part.stride);
+    }
   }
 #pragma unroll
-  for (int o = 1; o < Share; o *= 2) product += __shfl_xor_sync(together, product, o);
-  if (mine == 0)
-    y[int64_t(blockIdx.y) * out_features + output] = Number<T>::narrow(product * factor + dot * offset + added);
+  for (int i = 0; i < Each; i++) {
+#pragma unroll
+    for (int o = 1; o < Share; o *= 2) products[i] += __shfl_xor_sync(together, products[i], o);
+    const int token = blockIdx.y * Each + i;
+    const float dot = module.dot < 0 ? 0.f : __ldcg(sums[i] + module.dot);
+    if (mine == 0 && token < tokens)
+      y[int64_t(token) * out_features + output] = Number<T>::narrow(products[i] * factor + dot * offset + added);
+  }
 }
 
 }  // namespace
@@ -64,18 +75,21 @@ __global__ void __launch_bounds__(kFinishThreads)
 cudaError_t finish(Type type, const Module* modules, int module_count, const Part* parts, int part_count,
                    const Module* device_modules, const Part* device_parts, const int32_t* work, const float* workspace,
                    int64_t stride, const float* norm, const void* bias, void* y, int out_features, int tokens, cudaStream_t stream) {
-  // Few numbers of many splits would leave the GPU idle.
-  const bool shared = tokens <= 2 && std::any_of(parts, parts + part_count, [](const Part& p) { return p.splits >= 8; });
-  const dim3 grid((out_features * (shared ? 4 : 1) + kFinishThreads - 1) / kFinishThreads, tokens);
-  auto go = [&](auto kernel, auto number, const auto& records) {
-    using T = decltype(number);
-    return launch(kernel, grid, kFinishThreads, 0, stream, true, records, module_count, work, workspace, stride, norm,
-                  static_cast<const T*>(bias), static_cast<T*>(y), out_features);
-  };
   auto run = [&](auto number, const auto& records) {
     using T = decltype(number);
     using Records = std::decay_t<decltype(records)>;
-    return shared ? go(finish_kernel<T, 4, Records>, number, records) : go(finish_kernel<T, 1, Records>, number, records);
+    auto go = [&](auto kernel, int share, int each) {
+      const dim3 grid((out_features * share + kFinishThreads - 1) / kFinishThreads, (tokens + each - 1) / each);
+      return launch(kernel, grid, kFinishThreads, 0, stream, true, records, module_count, work, workspace, stride, norm,
+                    static_cast<const T*>(bias), static_cast<T*>(y), out_features, tokens);
+    };
+    int splits = 0;
+    for (int p = 0; p < part_count; p++) splits = std::max(splits, parts[p].splits);
+    // Few numbers of many splits would leave the GPU idle; of many numbers of few splits, several are had as fast as one.
+    if (tokens <= 2 && splits >= 8) return go(finish_kernel<T, 4, 1, Records>, 4, 1);
+    if (tokens > 8 && splits <= 4 && (tokens <= 32 || out_features >= 8192))
+      return go(finish_kernel<T, 1, 4, Records>, 1, 4);
+    return go(finish_kernel<T, 1, 1, Records>, 1, 1);
   };
   if (module_count <= Few::kModules && part_count <= Few::kParts) {
     Few few = {};

@@ -15,7 +15,8 @@ struct Inputs {
   const float* scale;    // or null
   const int32_t* list;   // or null
   int half;              // slots of a pair (high, low) are this far apart; 0 if numbers are rounded to T instead
-  bool plain;            // pairs of columns are aligned pairs in memory
+  bool paired;           // pairs of columns are aligned pairs in memory
+  bool plain;            // and nothing need be done to them
 
   // `slots` is how many numbers a kernel holds for each column.
   __device__ Inputs(const Layer& layer, const Tokens& tokens, const Job& job, int slots)
@@ -25,18 +26,27 @@ struct Inputs {
         scale(job.scale < 0 ? nullptr : layer.norm + job.scale),
         list(job.column_list < 0 ? nullptr : layer.columns + job.column_list),
         half(scale && 2 * tokens.count <= slots ? slots / 2 : 0),
-        plain(!scale && !list && tokens.row_stride % 2 == 0 && job.column_end % 2 == 0) {}
+        paired(!list && tokens.row_stride % 2 == 0 && job.column_end % 2 == 0),
+        plain(paired && !scale) {}
+
+  // Which token, if there are as many, a slot holds.
+  __device__ __forceinline__ int token(int slot) const { return half && slot >= half ? slot - half : slot; }
 
   // What slot `slot` holds for a column of the segment.
   __device__ __forceinline__ T operator()(int slot, int column) const {
-    const int token = half && slot >= half ? slot - half : slot;
+    const int token = this->token(slot);
     if (token >= count) return Number<T>::narrow(0.f);
-    const int source = list ? __ldg(list + column) : column;
-    const T value = x[token * row_stride + source];
-    if (!scale) return value;
-    const float exact = Number<T>::wide(value) * __ldg(scale + source);
+    if (!scale) return x[token * row_stride + (list ? __ldg(list + column) : column)];
+    const float exact = unrounded(token, column);
     const T high = Number<T>::narrow(exact);
     return half && slot >= half ? Number<T>::narrow(exact - Number<T>::wide(high)) : high;
+  }
+
+  // A token's activation for a column of the segment, scaled.
+  __device__ __forceinline__ float unrounded(int token, int column) const {
+    const int source = list ? __ldg(list + column) : column;
+    const float value = Number<T>::wide(x[token * row_stride + source]);
+    return scale ? value * __ldg(scale + source) : value;
   }
 
   // Columns `column` (even) and `column + 1`, of which those at or beyond `end` count as zero.
@@ -46,9 +56,18 @@ struct Inputs {
     return pack(low, column + 1 < end ? (*this)(slot, column + 1) : zero);
   }
 
-  // The same where `plain`, for columns before the end.
-  __device__ __forceinline__ const unsigned* plain_pairs(int slot, int column) const {
-    return reinterpret_cast<const unsigned*>(x + slot * row_stride + column);
+  // As they are in memory, where `paired`, for columns before the end.
+  __device__ __forceinline__ const unsigned* pairs(int token, int column) const {
+    return reinterpret_cast<const unsigned*>(x + token * row_stride + column);
+  }
+
+  // What a slot holds of such a pair, given its scales.
+  __device__ __forceinline__ unsigned scaled(int slot, unsigned pair, float2 factors) const {
+    const float2 v = unpack<T>(pair);
+    const float first = v.x * factors.x, second = v.y * factors.y;
+    const T high[2] = {Number<T>::narrow(first), Number<T>::narrow(second)};
+    if (!half || slot < half) return pack(high[0], high[1]);
+    return pack(Number<T>::narrow(first - Number<T>::wide(high[0])), Number<T>::narrow(second - Number<T>::wide(high[1])));
   }
 };
 

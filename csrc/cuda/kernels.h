@@ -106,8 +106,8 @@ struct Stream {
 // Entries of each list of the sliced layout, [slices, rows, tiles]; then the lists, from `offsets` (in groups of 32).
 cudaError_t count_entries(const Stream&, int slices, int tiles, int32_t* counts, cudaStream_t);
 cudaError_t fill_lists(const Stream&, int slices, int tiles, const int32_t* offsets, int32_t* lists, cudaStream_t);
-// Codes [ceil(rows * width / 16), loads, 32, 4] of a resident kind, for a book of book_rows entries in `copies` images,
-// or of the far one, where `width` (see Job) may be 16.
+// Codes [ceil(rows / 2), loads, 32, 4] of a resident kind, for a book of book_rows entries in `copies` images, or of the
+// far one; where its `width` (see Job) is 16, [rows, loads, 16, 4], each for two lanes.
 cudaError_t fill_codes(Kind kind, const Stream&, const Stream& residual, int loads, int book_rows, int copies, int width,
                        int32_t* codes, cudaStream_t);
 

@@ -59,8 +59,10 @@ __global__ void codes_kernel(Stream main, Stream residual, int loads, int book_r
       if (kKind == Kind::kBytePairs) words[s / 2] |= (code | extra << 8) << (16 * (s % 2));
       if (kKind == Kind::kShorts) words[s / 2] |= code << (16 * (s % 2));
     }
-    reinterpret_cast<uint4*>(codes)[(size_t(pair) * loads + l) * 32 + lane] =
-        make_uint4(words[0], words[1], words[2], words[3]);
+    const size_t load = size_t(pair) * loads + l;
+    if (width == 8 || lane % 2 == 0)
+      reinterpret_cast<uint4*>(codes)[width == 16 ? load * 16 + lane / 2 : load * 32 + lane] =
+          make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 

@@ -7,7 +7,7 @@
 // two or three of a larger one, of which the packing chose one per look-up (csrc/cuda/pack.cu).
 #pragma once
 
-#include "sliced.cuh"
+#include "lists.cuh"
 
 namespace vptq {
 
@@ -44,11 +44,14 @@ __device__ __forceinline__ int entry_of_image_row(int at, int rows) {
   return row & ~7 | ((row ^ (image ? row >> (3 * image) : 0)) & 7);
 }
 
-// Every row is loaded once and stored to all images: all blocks load the same few lines of the L2 cache at once.
+// Every row is loaded once and stored to all images; blocks begin at different rows, since all load the same few lines of
+// the L2 cache at once.
 template <bool Bytes>
 __device__ __forceinline__ void fill_images(uint4* shared, const uint4* book, int rows, int images) {
-#pragma unroll 4
-  for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+  const int first = blockIdx.x * 61 % rows;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < rows; i += blockDim.x) {
+    const int row = i + first < rows ? i + first : i + first - rows;
     const uint4 value = __ldg(book + row);
     for (int image = 0; image < images; image++)
       shared[Bytes ? row * 8 + (image + row) % 8 : image_row(row, image, rows)] = value;
@@ -97,7 +100,7 @@ __device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens&
 #pragma unroll
     for (int i = 0; i < 2 * Octets; i++) {
       const int slot = i / 2 * 8 + lane / 4;
-      const unsigned* from = inputs.plain_pairs(slot, first_load * kSteps * 16 + lane % 4 * 2 + i % 2 * 8);
+      const unsigned* from = inputs.pairs(slot, first_load * kSteps * 16 + lane % 4 * 2 + i % 2 * 8);
 #pragma unroll
       for (int s = 0; s < kLoads * kSteps; s++) {
         acts[s][i] = 0;

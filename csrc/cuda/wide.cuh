@@ -163,26 +163,32 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
 
   const int first_granule = job.column_begin / kGranule;
   const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
-  const int row_loads = job.row_words / 128, res_row_loads = job.list_tiles / 128;
+  // Of entries of 16 elements, two lanes want the halves: they share a code.
+  const bool halves_of_16 = kKind == Kind::kFar && job.width == 16;
+  auto load_size = [&] { return kKind == Kind::kFar && job.width == 16 ? 16 : 32; };  // costs no register
+  const int row_loads = job.row_words / 4 / load_size(), res_row_loads = job.list_tiles / 128;
   const int any_row = mine ? row : job.row_begin;
-  const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(any_row) * row_loads * 32 + lane;
+  const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(any_row) * row_loads * load_size() +
+                       (halves_of_16 ? lane / 2 : lane);
   const uint4* res_codes = reinterpret_cast<const uint4*>(layer.codes + job.lists) + size_t(any_row) * res_row_loads * 32 + lane;
-  uint4 now[kLoads + kMore], next[kLoads + kMore];
-  auto load_codes = [&](int granule) {
+  // Codes of this granule and the next; and, where those of the next are needed at once to gather, of the one after it.
+  using Codes = uint4[kLoads + kMore];
+  Codes now, next, after;
+  auto load_codes = [&](Codes& to, int granule) {
 #pragma unroll
     for (int l = 0; l < kLoads; l++) {
       const int load = (first_granule + granule) * kLoads + l;
-      next[l] = make_uint4(0, 0, 0, 0);
-      if (granule < granules && load < row_loads && mine) next[l] = load_once(codes + load * 32);
+      to[l] = make_uint4(0, 0, 0, 0);
+      if (granule < granules && load < row_loads && mine) to[l] = load_once(codes + load * load_size());
     }
     if constexpr (kMore) {
       const int load = first_granule + granule;
-      next[kLoads] = make_uint4(0, 0, 0, 0);
-      if (granule < granules && load < res_row_loads && mine) next[kLoads] = load_once(res_codes + load * 32);
+      to[kLoads] = make_uint4(0, 0, 0, 0);
+      if (granule < granules && load < res_row_loads && mine) to[kLoads] = load_once(res_codes + load * 32);
     }
   };
   // What step `s` of a granule (a constant) looks up in the first or the second book.
-  auto code = [&](const uint4 (&words)[kLoads + kMore], int s, bool second) -> unsigned {
+  auto code = [&](const Codes& words, int s, bool second) -> unsigned {
     const bool bytes = kKind == Kind::kBytes || (kMore && second);
     const uint4& load = words[kMore && second ? kLoads : bytes ? 0 : s / 8];
     const int at = bytes ? s / 4 : s % 8 / 2;
@@ -196,7 +202,6 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   const uint32_t res_base = kKind == Kind::kBytePairs ? base + ((job.book_rows + 7) & ~7) * job.copies * 16 : base;
   const uint32_t gathered = shared_address(books) + (kMore ? ((job.res_rows + 7) & ~7) * 8 * 16 : 0) + warp * kFarBytes;
   // Both halves of an entry of 32 bytes are asked for by neighbouring lanes, that they be fetched once.
-  const bool halves_of_16 = job.width == 16;
   const uint32_t gather_to = gathered + (halves_of_16 ? lane / 2 % 8 + lane % 2 * 8 + lane / 16 * 16 : lane) * 16;
   const uint4* far = static_cast<const uint4*>(layer.books) + job.book + job.plane + (halves_of_16 ? lane % 2 : 0);
   auto gather = [&](int chunk, bool wanted) {  // of the granule whose codes are `next`
@@ -210,7 +215,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     copy_async_commit();
   };
   unsigned a[kBuffers][2][4];
-  auto look_up = [&](const uint4 (&words)[kLoads + kMore], int chunk) {
+  auto look_up = [&](const Codes& words, int chunk) {
     auto& fragments = a[chunk % kBuffers];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -227,8 +232,9 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   float sums[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; i++) sums[i] = 0.f;
-  load_codes(0);
+  load_codes(next, 0);
   if constexpr (kFar) {
+    load_codes(after, 1);
 #pragma unroll
     for (int c = 0; c < kChunks; c++) gather(c, true);
     copy_async_wait<kChunks - kAhead>();
@@ -241,8 +247,11 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   };
   for (int g = 0; g < granules; g++) {
 #pragma unroll
-    for (int l = 0; l < kLoads + kMore; l++) now[l] = next[l];
-    load_codes(g + 1);
+    for (int l = 0; l < kLoads + kMore; l++) {
+      now[l] = next[l];
+      if (kFar) next[l] = after[l];
+    }
+    load_codes(kFar ? after : next, g + (kFar ? 2 : 1));
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
       // While this chunk is multiplied, the one before may still be; those after it are looked up.

@@ -14,7 +14,7 @@ _VARIABLES = {
     CACHE: "built libraries are kept in its subfolder vllm_vptq",
     "VLLM_VPTQ_ALLOW_REFERENCE": "1 lets the slow torch implementation run on a GPU that has no native kernel",
     "VLLM_VPTQ_CPU_ISA": "the instruction set of the CPU kernels: portable, avx2 or avx512",
-    "VLLM_VPTQ_LAYOUT": "how weights lie in a GPU's memory: auto, compact or stationary",
+    "VLLM_VPTQ_LAYOUT": "how weights lie in a GPU's memory: auto, compact, aligned or stationary",
 }
 
 

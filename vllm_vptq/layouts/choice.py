@@ -16,17 +16,16 @@ from torch import Tensor
 
 from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError, cuda_extension
-from vllm_vptq.layouts import compact, stationary, streams
+from vllm_vptq.layouts import compact, memory, stationary, streams
+from vllm_vptq.layouts.memory import ALIGNED, COMPACT, STATIONARY
 from vllm_vptq.parameters import ModuleShard
 
 logger = logging.getLogger("vllm." + __name__)  # vLLM's handler shows it
 
 LAYOUT = "VLLM_VPTQ_LAYOUT"
-CHOICES = ("auto", "compact", "stationary")
-STATIONARY_SHARED_BYTES = 227 * 1024
-"""Shared memory that a thread block must be able to have: Hopper's and Blackwell's server cards."""
-FREE_SHARE = 0.5
-"""``auto`` stays with compact layouts once less than this share of the GPU's memory is free."""
+CHOICES = ("auto", *memory.LAYOUTS)
+SHARED_BYTES = 227 * 1024
+"""Shared memory that a thread block must be able to have for books: Hopper's and Blackwell's server cards."""
 
 
 @dataclass(frozen=True)
@@ -56,28 +55,44 @@ class LayerLayout:
 
 
 def build(
-    name: str, shards: Sequence[ModuleShard], dtype: torch.dtype, device: torch.device, layout: str | None = None
+    name: str, shards: Sequence[ModuleShard], dtype: torch.dtype, device: torch.device, choose: Callable[[], str]
 ) -> tuple[LayerLayout, dict[str, Tensor | None]]:
-    """Lays out the shards of layer ``name`` as ``layout``, or as the user or, by default, the GPU decides.
+    """Lays out the shards of layer ``name``, in the layout that ``choose`` says where there are several.
 
     RuntimeError with the remedy if only a slow way would be left that nobody asked for.
     """
     if device.type == "cpu" or not _native(name, dtype):
-        return _of("compact", ops.linear, compact.build(shards, dtype, device), shards)
-    kind = layout or _choose(device)
+        return _of(COMPACT, ops.linear, compact.build(shards, dtype, device), shards)
+    kind = choose()
     return lay_out(kind, shards, dtype, device, crossover(device, kind, shards))
 
 
 def lay_out(
     kind: str, shards: Sequence[ModuleShard], dtype: torch.dtype, device: torch.device, direct_tokens: int
 ) -> tuple[LayerLayout, dict[str, Tensor | None]]:
-    """Lays shards out for the CUDA kernels; calls of up to ``direct_tokens`` look weights up, others decode them."""
-    hardware = stationary.Gpu.of(device)
-    if kind == "compact":
+    """Lays shards out for the CUDA kernels; calls of up to ``direct_tokens`` look weights up, others decode them.
+
+    RuntimeError if this GPU has no such layout.
+    """
+    hardware, served = stationary.Gpu.of(device), available(device)
+    if kind not in served:
+        need = (
+            "the warp-group products of Hopper" if kind == ALIGNED else f"{SHARED_BYTES // 1024} KiB of shared memory"
+        )
+        raise RuntimeError(f"{LAYOUT}={kind} needs {need}, which this GPU lacks; use auto or {' or '.join(served)}")
+    if kind == COMPACT:
         small = compact.build(shards, dtype, device)
         made = streams.build(small, shards[0].in_features, hardware.processors, direct_tokens)
         return _of(kind, gpu.lookup_linear, made, shards)
-    return _of(kind, gpu.lookup_linear, stationary.build(shards, dtype, device, hardware, direct_tokens), shards)
+    packed = stationary.build(shards, dtype, device, hardware, direct_tokens, lists=kind == STATIONARY)
+    return _of(kind, gpu.lookup_linear, packed, shards)
+
+
+def available(device: torch.device) -> tuple[str, ...]:
+    """The layouts that a GPU has kernels for."""
+    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED_BYTES:
+        return (COMPACT,)
+    return memory.LAYOUTS if stationary.Gpu.of(device).tensor_groups else (COMPACT, STATIONARY)
 
 
 def _of(
@@ -89,16 +104,66 @@ def _of(
     return LayerLayout(kind, apply_op, tuple(made.plan), in_features, weights, tuple(tensors)), tensors
 
 
-class Resident:
-    """What the quantized layers of a model hold, by layout; logged when the last of them has been laid out."""
+class Layers:
+    """The quantized layers of a model: which layout each gets, and what they hold, logged when the last is laid out.
+
+    ``memory_share``: of the GPU's memory, that vLLM may use.
+    """
 
     def __init__(self) -> None:
         self.awaited = 0
+        self.memory_share = 1.0
         self.weights: dict[str, int] = {}
         self.nbytes: dict[str, int] = {}
+        self._loaded: dict[str, Callable[[], Sequence[ModuleShard]]] = {}
+        self._chosen: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """vLLM pickles its configuration, of which this is part; layers stay where they are."""
+        return {**self.__dict__, "_loaded": {}}
+
+    def expect(self, name: str, loaded: Callable[[], Sequence[ModuleShard]]) -> None:
+        """Announces a layer; ``loaded`` gives its shards once they are complete, and nothing before or afterwards."""
+        self._loaded[name] = loaded
+
+    def choose(self, name: str, device: torch.device) -> str:
+        """The layout of a layer whose shards are loaded: the user's choice, or what memory allows.
+
+        With the first layer all that are loaded are decided on, so that each knows of the others. Ranks of a tensor
+        parallel group decide by their own free memory; should they differ, no more follows than other roundings in
+        their shares of the sums.
+        """
+        if (asked := chosen()) != "auto":
+            return asked
+        if name not in self._chosen:
+            self._decide(device)
+        return self._chosen[name]
+
+    def _decide(self, device: torch.device) -> None:
+        layouts = available(device)
+        found = {
+            name: memory.measure(shards, layouts)
+            for name, loaded in self._loaded.items()
+            if name not in self._chosen and (shards := loaded())
+        }
+        free, total = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        free += torch.cuda.memory_reserved(device) - allocated
+        usable = self.memory_share * total
+        # Shards, as large as the compact layout, are in memory by now. The share is this engine's: what others on the
+        # GPU hold does not count against it, as it does not in vLLM.
+        budget = min(usable - allocated, free) - memory.ROOM * usable
+        decided = memory.distribute(list(found.values()), budget)
+        self._chosen |= dict(zip(found, decided, strict=True))
+        if any(kind != list(layer.nbytes)[-1] for kind, layer in zip(decided, found.values(), strict=True)):
+            counts = ", ".join(f"{decided.count(kind)} {kind}" for kind in layouts if kind in decided)
+            logger.info(
+                "VPTQ layouts of %d layers: %s; faster ones would leave KV cache and activations less than %.1f GiB "
+                "(%s chooses otherwise)", len(found), counts, memory.ROOM * usable / 2**30, LAYOUT,
+            )  # fmt: skip
 
     def add(self, kind: str, weights: int, tensors: Iterable[Tensor | None]) -> None:
-        """Counts a layer of ``weights`` weights that has been laid out."""
+        """Counts a layer of ``weights`` weights that has been laid out as ``kind``."""
         size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
         self.weights[kind] = self.weights.get(kind, 0) + weights
         self.nbytes[kind] = self.nbytes.get(kind, 0) + size
@@ -126,7 +191,7 @@ def crossover(device: torch.device, layout: str, shards: Sequence[ModuleShard]) 
     table = _crossovers()
     major, minor = torch.cuda.get_device_capability(device)
     return (table.get(f"{major}.{minor}") or table["default"])[
-        layout if layout == "compact" else stationary.crossover_class(shards)
+        layout if layout == COMPACT else stationary.crossover_class(shards)
     ]
 
 
@@ -150,22 +215,3 @@ def _native(name: str, dtype: torch.dtype) -> bool:
     if os.environ.get(ops.ALLOW_REFERENCE) == "1":
         return False
     raise RuntimeError(f"{name}: {problem} (or set {ops.ALLOW_REFERENCE}=1 to run the slow torch implementation)")
-
-
-def _choose(device: torch.device) -> str:
-    choice = chosen()
-    if choice == "compact":
-        return "compact"
-    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if available < STATIONARY_SHARED_BYTES:
-        if choice == "stationary":
-            raise RuntimeError(
-                f"{LAYOUT}=stationary needs {STATIONARY_SHARED_BYTES // 1024} KiB of shared memory per block, this GPU "
-                f"has {available // 1024}; use auto or compact"
-            )
-        return "compact"
-    if choice == "stationary":
-        return "stationary"
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return "stationary" if free > FREE_SHARE * total else "compact"

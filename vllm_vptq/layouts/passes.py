@@ -1,4 +1,5 @@
-"""What the stationary layout packs: segments become *passes*, each over one book and eight elements of its vectors."""
+"""What the stationary and the aligned layout pack: segments become *passes*, each over one book and eight elements of
+its vectors."""
 
 from __future__ import annotations
 
@@ -128,18 +129,21 @@ class Pass:
 
 @dataclass(frozen=True)
 class Packed:
-    """A segment's passes: for few tokens, for more, and pairs (main book, residual or None) that reach all weights."""
+    """A segment's passes: for few tokens, for more, and pairs (main book, residual or None) that reach all weights.
+
+    There are none for few tokens where a book would need lists, and the layout has none.
+    """
 
     few: list[Pass]
     wide: list[Pass]
     decoded: list[tuple[Pass, Pass | None]]
 
 
-def pack(segment: Segment, codes: Flat, books: Flat) -> Packed:
-    """Packs a segment's indices and stores its books."""
+def pack(segment: Segment, codes: Flat, books: Flat, lists: bool) -> Packed:
+    """Packs a segment's indices and stores its books; ``lists``: also those of large books, for few tokens."""
     rows = segment.words.shape[0]
     words = torch.cat([segment.words.flatten(), segment.words.new_zeros(1)])[:-1].view(rows, -1)
-    return _Packer(segment, words, codes, books).packed()
+    return _Packer(segment, words, codes, books).packed(lists)
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ class _Packer:
         self.planes = -(-segment.vector_len // 8)
         self._made: dict[tuple[object, ...], int] = {}
 
-    def packed(self) -> Packed:
+    def packed(self, lists: bool) -> Packed:
         own = [self.main] if self.residual is None else [self.main, self.residual]
         few, wide, decoded = [], [], []
         if self.residual is not None and self.main.width <= 8 and self.residual.width <= 8:
@@ -178,8 +182,9 @@ class _Packer:
             many = [self._far(book, plane, width) if book.large else self._resident(book, plane) for book in own]
             wide += _together(many)
             decoded.append((many[0], many[1] if len(many) > 1 else None))
-        for plane in range(self.planes):
-            few += [self._sliced(book, plane) if book.large else self._resident(book, plane) for book in own]
+        if lists or not any(book.large for book in own):
+            for plane in range(self.planes):
+                few += [self._sliced(book, plane) if book.large else self._resident(book, plane) for book in own]
         return Packed(few, wide, decoded)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], int]) -> int:
@@ -244,7 +249,8 @@ class _Packer:
             )
             return self.codes.add(packed)
 
-        return self._once((kind, book.shift, width), make), loads * 128
+        # Of entries of 16 elements, two lanes share a code.
+        return self._once((kind, book.shift, width), make), loads * (64 if width == 16 else 128)
 
     def _plane(self, book: _Book, plane: int) -> int:
         """Stores elements ``8 * plane`` .. of every entry; pieces of a module share what need not be copied."""

@@ -8,6 +8,8 @@ Every segment becomes one or more *passes*, each over one book and eight element
 * up to 8192: codes of two bytes, that name one of up to three images of an entry;
 * above, for few tokens: the book is cut into slices of 8192 entries, and the indices of a vector row are sorted into a
   list for each; for more tokens: codes of two bytes, and the book stays in memory.
+
+The aligned layout is the same without lists: codes of whole bytes, for any number of tokens.
 """
 
 from __future__ import annotations
@@ -56,13 +58,21 @@ class Gpu:
 
 
 def build(
-    shards: Sequence[ModuleShard], dtype: torch.dtype, device: torch.device, gpu: Gpu, direct_tokens: int
+    shards: Sequence[ModuleShard],
+    dtype: torch.dtype,
+    device: torch.device,
+    gpu: Gpu,
+    direct_tokens: int,
+    lists: bool = True,
 ) -> LookupLayout:
     """Packs the shards of a layer, whose outputs follow each other.
 
-    ``books`` are rows of 8 elements, in as many planes as a vector needs.
+    ``books`` are rows of 8 elements, in as many planes as a vector needs. Without ``lists`` it is the aligned layout,
+    which takes a GPU with ``tensor_groups``.
     Calls of up to ``direct_tokens`` look weights up; larger ones decode them and leave the product to cuBLAS.
     """
+    if not (lists or gpu.tensor_groups):
+        raise ValueError("the aligned layout takes a GPU with tensor groups")
     codes, books = Flat(torch.int32), Flat(dtype)
     norm, columns, dense = Flat(torch.float32), Flat(torch.int32), Flat(dtype)
     decodings: list[Decoding] = []
@@ -76,7 +86,7 @@ def build(
         place = store_norm(shard, norm)
         for segment in shard.segments:
             column_list = ABSENT if segment.columns is None else columns.add(segment.columns)
-            packed = pack(segment, codes, books)
+            packed = pack(segment, codes, books, lists)
             segments.append((packed, column_list))
             for main, residual in packed.decoded:
                 part = Part(0, 0, 0, segment.vector_len, segment.skip, main.plane)
@@ -88,14 +98,15 @@ def build(
     packed_segments = [packed for module in parts for packed, _ in module.segments]
     few = few_tokens(packed_segments, gpu)
     variants = [_few(tokens, parts, gpu.processors) for tokens in TOKENS if tokens <= few]
+    used = [pass_ for packed in packed_segments for pass_ in packed.few if few]
     if gpu.tensor_groups and packed_segments:
         variants += [_wide(tokens, parts, gpu.processors) for tokens in TOKENS if tokens > few]
-    passes = [p for module in parts for packed, _ in module.segments for p in (*packed.few, *packed.wide)]
+        used += [pass_ for packed in packed_segments for pass_ in packed.wide]
     layer = LayerWork(
         stationary=True,
         out_features=start,
         in_features=shards[0].in_features,
-        shared_bytes=max([1024, *(pass_.shared_bytes for pass_ in passes)]),
+        shared_bytes=max([1024, *(pass_.shared_bytes for pass_ in used)]),
         direct_tokens=direct_tokens,
         variants=variants,
         decodings=decodings,
@@ -127,14 +138,14 @@ def few_tokens(segments: Sequence[Packed], gpu: Gpu) -> int:
 
 
 def crossover_class(shards: Sequence[ModuleShard]) -> str:
-    """Which entry of crossovers.json applies to a layer: that of its largest book."""
+    """Which entry of crossovers.json applies to a layer with or without lists: that of its largest book."""
     segments = [segment for shard in shards for segment in shard.segments]
     return class_of(1 << max((max(s.index_bits, s.res_bits) for s in segments), default=0))
 
 
 def class_of(entries: int) -> str:
     """The class of a layer whose largest book has ``entries`` entries."""
-    return "stationary far" if entries > SLICE_ROWS else "stationary resident"
+    return "far" if entries > SLICE_ROWS else "resident"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""What a layer takes in each layout, known before it is packed, and which layouts a model's layers get for it.
+
+``auto`` asks for the fastest layouts that leave room for the KV cache. Steps from a layout to the next faster one are
+taken while there is memory for them, those first that cost least per weight, and of larger layers first, since small
+ones gain least.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_vptq.layouts.passes import COLUMNS_PER_LOAD, SLICE_ROWS, TILE_COLUMNS
+from vllm_vptq.layouts.work import Kind
+from vllm_vptq.parameters import ModuleShard, Segment
+
+COMPACT, ALIGNED, STATIONARY = LAYOUTS = ("compact", "aligned", "stationary")
+"""From the smallest and slowest to the largest and fastest."""
+ROOM = 0.4
+"""Share of the memory vLLM may use that ``auto`` leaves for KV cache and activations."""
+_LIST_PADDING = 15.5
+"""Entries that a list of random length is short of whole groups of 32, on average."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's number of weights, and the bytes of its indices and books in every layout it may have."""
+
+    weights: int
+    nbytes: dict[str, int]
+
+
+def measure(shards: Sequence[ModuleShard], layouts: Sequence[str]) -> Layer:
+    """Exact but for the padding of lists, which depends on the indices, and for the records of jobs.
+
+    Norms, column lists and dense modules are left out: they are the same in every layout. So is the aligned layout
+    where it is the stationary one, because no book needs lists.
+    """
+    segments = [segment for shard in shards for segment in shard.segments]
+    weights = sum(shard.out_features * shard.in_features for shard in shards)
+    sizes = {layout: _codes(segments, layout) + _books(segments, layout) for layout in layouts}
+    if ALIGNED in sizes and not any(_large(book) for segment in segments for book, _ in _books_of(segment)):
+        del sizes[ALIGNED]
+    return Layer(weights, sizes)
+
+
+def distribute(layers: Sequence[Layer], budget: float) -> list[str]:
+    """The layout of each layer, such that together they take at most ``budget`` bytes more than the smallest ones."""
+    steps = []
+    for i, layer in enumerate(layers):
+        names = [layout for layout in LAYOUTS if layout in layer.nbytes]
+        for place, (small, fast) in enumerate(itertools.pairwise(names)):
+            more = layer.nbytes[fast] - layer.nbytes[small]
+            steps.append((place, more / max(layer.weights, 1), -layer.weights, i, more, small, fast))
+    chosen = [next(layout for layout in LAYOUTS if layout in layer.nbytes) for layer in layers]
+    # A step of a layer comes after the one before it.
+    for _, _, _, i, more, small, fast in sorted(steps):
+        if chosen[i] == small and more <= max(budget, 0):
+            chosen[i] = fast
+            budget -= more
+    return chosen
+
+
+def _books_of(segment: Segment) -> list[tuple[int, int]]:
+    """Entries of each book, and the bits of an index into it."""
+    books = [(segment.book.shape[0], segment.index_bits)]
+    if segment.res_book is not None and segment.res_bits:
+        books.append((segment.res_book.shape[0], segment.res_bits))
+    return books
+
+
+def _large(entries: int) -> bool:
+    return entries > SLICE_ROWS
+
+
+def _codes(segments: Sequence[Segment], layout: str) -> int:
+    if layout == COMPACT:
+        return sum(segment.words.numel() * 4 for segment in segments)
+    return sum(_aligned_codes(segment) + (_lists(segment) if layout == STATIONARY else 0) for segment in segments)
+
+
+def _aligned_codes(segment: Segment) -> int:
+    """Bytes of codes, for 16 outputs and whole loads: a byte or two for each book, two for a pair of small ones."""
+    books, rows, total = _books_of(segment), segment.words.shape[0], 0
+    kinds = [Kind.FAR if _large(n) else Kind.BYTES if bits <= 8 else Kind.SHORTS for n, bits in books]
+    if kinds == [Kind.BYTES, Kind.BYTES]:
+        kinds = [Kind.BYTE_PAIRS]
+    # Where both planes of vectors are gathered at once, each row has codes of its own; else two of them share loads.
+    apart = segment.vector_len > 8 and all(kind == Kind.FAR for kind in kinds)
+    for kind in kinds:
+        loads = -(-segment.num_columns // COLUMNS_PER_LOAD[kind])
+        total += loads * (rows * 256 if apart else -(-rows // 2) * 512)
+    return total
+
+
+def _lists(segment: Segment) -> int:
+    """Bytes of the entries of large books, of 32 bits, and of the offsets of their lists."""
+    total, rows = 0.0, segment.words.shape[0]
+    for entries, _ in _books_of(segment):
+        if _large(entries):
+            lists = rows * -(-entries // SLICE_ROWS) * -(-segment.num_columns // TILE_COLUMNS)
+            total += 4 * (rows * segment.num_columns + lists * _LIST_PADDING + lists)
+    return int(total)
+
+
+def _books(segments: Sequence[Segment], layout: str) -> int:
+    """Bytes of books. Pieces of a module share what need not be rearranged."""
+    total, seen = 0, set()
+    for segment in segments:
+        length = segment.vector_len
+        for book in (segment.book, segment.res_book):
+            if book is None:
+                continue
+            as_they_are = layout == COMPACT or length == 8
+            if as_they_are and (key := (book.data_ptr(), book.numel())) in seen:
+                continue
+            if as_they_are:
+                seen.add(key)
+            # Where gathered and sliced vectors are laid out differently, both are kept.
+            twice = layout == STATIONARY and length != 8 and _large(book.shape[0])
+            total += book.shape[0] * (length if layout == COMPACT else -(-length // 8) * 8) * 2 * (1 + twice)
+    return total
