@@ -19,8 +19,9 @@ from tests.engine import cases as listed
 from tests.engine.cases import Case, Job, all_cases
 from tests.engine.compare import Bound, DisagreementError, compare, identical
 from tests.engine.models import Model
-from tests.engine.runner import Cards, Runner
+from tests.engine.runner import Cards, Runner, verdict
 from vllm_vptq.format import dequantize, read_layer_specs, validate
+from vllm_vptq.layouts import choice
 
 BOUND = Bound(mean=0.01, worst=0.1, near_tie=0.05)
 
@@ -249,6 +250,23 @@ def test_a_process_that_fails_or_does_not_end(tmp_path, kind, limit, match):
     assert row["result"] == "FAILED"
     with pytest.raises(AssertionError, match=match):
         raise AssertionError(row["detail"])
+
+
+@pytest.mark.parametrize("case", [case for case in all_cases() if "aligned layout" in case.name][:1])
+def test_a_named_layout_is_the_one_that_served(case, monkeypatch):
+    line = "INFO VPTQ weights: 0.02 GiB in {} layout (2.09 bits/weight)\n"
+    served = {"answers": [[answer(0)]], "seconds": 1.0}
+    for name, result in (("aligned", "passed"), ("compact", "FAILED")):
+        row = verdict(case, {"vptq": served | {"log": line.format(name)}, "dense": served | {"log": ""}})
+        assert row["result"] == result, row
+    assert row["detail"] == "['compact']"
+    # What choice.lay_out says on a GPU without the kernels, and how the list takes it.
+    few = dict(major=8, minor=0, shared_memory_per_block_optin=99 << 10, multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Properties", (), few))
+    with pytest.raises(RuntimeError) as refused:
+        choice.lay_out("aligned", [], torch.float16, torch.device("cuda", 0), 1)
+    row = verdict(case, {"vptq": {"error": str(refused.value), "seconds": 1.0, "log": ""}, "dense": served})
+    assert row["result"] == "skipped" and "VLLM_VPTQ_LAYOUT=aligned" in row["detail"]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -111,6 +111,12 @@ def usual(outcome: dict[str, Any], step: tuple[str, Mapping[str, Any]]) -> Any:
     return answers(outcome, STEPS.index(step))
 
 
+def layouts(outcome: dict[str, Any]) -> list[str]:
+    """The layouts that layers have, as the log says."""
+    line = outcome["log"].partition("VPTQ weights: ")[2].partition("\n")[0]
+    return re.findall(r"in (\w+) layout", line)
+
+
 def pair(model: Model, **more: Any) -> dict[str, Job]:
     """The checkpoint and its dense twin, asked the same."""
     return {"vptq": Job(model, **more), "dense": Job(model, "dense", **more)}
@@ -127,8 +133,26 @@ def twins_agree(dtype: str, bounds: Mapping[str, Bound] = BOUNDS, steps: int = 1
 
 
 def tokens(model: Model) -> Case:
+    agree = twins_agree(model.dtype)
+
+    def check(outcomes: Outcomes) -> str:
+        return f"{agree(outcomes)}; {' and '.join(layouts(outcomes['vptq']))}"
+
     name = f"tokens {model.name.replace(model.shape + '-', '', 1)}"
-    return Case(name, pair(model), twins_agree(model.dtype), cpu=True)
+    return Case(name, pair(model), check, cpu=True)
+
+
+def in_layout(layout: str, model: Model) -> Case:
+    """The checkpoint in a layout that ``auto`` does not choose for it while there is memory."""
+    jobs = {"vptq": Job(model, env={"VLLM_VPTQ_LAYOUT": layout}), "dense": Job(model, "dense")}
+    agree = twins_agree(model.dtype)
+
+    def check(outcomes: Outcomes) -> str:
+        found = agree(outcomes)
+        assert layouts(outcomes["vptq"]) == [layout], layouts(outcomes["vptq"])
+        return found
+
+    return Case(f"{layout} layout {model.format}", jobs, check)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -407,8 +431,10 @@ def all_cases(reals: list[Real] | None = None) -> list[Case]:
         *map(tokens, FORMATS),
         planted(),
         variant("eager", BASE, cpu=True, options={"enforce_eager": True}),
-        variant("compact layout", BASE, env={"VLLM_VPTQ_LAYOUT": "compact"}),
-        variant("compact layout, far book", FORMATS[2], env={"VLLM_VPTQ_LAYOUT": "compact"}),
+        in_layout("compact", BASE),
+        in_layout("compact", FORMATS[2]),
+        in_layout("aligned", FORMATS[2]),
+        in_layout("aligned", FORMATS[4]),
         Case("fp8 KV cache", pair(BASE, options={"kv_cache_dtype": "fp8"}), twins_agree(BASE.dtype, FP8_BOUNDS)),
         prefix_caching(),
         speculation(),
@@ -416,7 +442,7 @@ def all_cases(reals: list[Real] | None = None) -> list[Case]:
         sleep(BASE),
         sleep(FAR),
         reload("reload", BASE, {}),
-        reload("reload, far book", FAR, {"VLLM_VPTQ_LAYOUT": "compact"}),
+        reload("reload, far book", FAR, {"VLLM_VPTQ_LAYOUT": "aligned"}),
         refused("CPU offload", r"vptq does not support --cpu-offload-gb", True, options={"cpu_offload_gb": 1}),
         batch_invariant(),
         compile_cache(),
@@ -424,6 +450,7 @@ def all_cases(reals: list[Real] | None = None) -> list[Case]:
         bench(),
         memory("memory, stationary", large, "stationary", 2.1),
         memory("memory, compact", replace(large, format="v8-k65536-0"), "compact", 2.35),
+        memory("memory, aligned", replace(large, format="v8-k65536-0"), "aligned", 2.35),
         *map(real, reals or []),
         parallel(BASE, 2, 1),
         parallel(narrow, 2, 1),

@@ -22,6 +22,8 @@ from vllm_vptq.bench.process import cause, end_group
 
 STAGE_KINDS = {"restarts": 4, "serve": 2, "bench": 2}
 """Kinds of jobs that start several processes one after the other: how many times the time limit they get."""
+LACKS = "which this GPU lacks"
+"""What ``layouts/choice.py`` says of a layout that there are no kernels for on this kind of GPU."""
 
 
 @dataclass
@@ -83,7 +85,9 @@ class Runner:
         slots = Cards(self.cards, self.per_card if self.cards else 1)
         jobs = {job.key: job for case in waiting for job in case.jobs.values()}
         with ThreadPoolExecutor(slots.per_card * len(slots.load)) as pool:
-            futures = {key: pool.submit(self.outcome, job, slots) for key, job in jobs.items()}
+            # Those that take longest begin first.
+            by_length = sorted(jobs.items(), key=lambda item: -STAGE_KINDS.get(item[1].kind, 1))
+            futures = {key: pool.submit(self.outcome, job, slots) for key, job in by_length}
             pending: set[Future[dict[str, Any]]] = set(futures.values())
             while pending:
                 _, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -190,7 +194,12 @@ def environment(place: Path, cards: list[int] | None) -> dict[str, str]:
 
 
 def verdict(case: Case, outcomes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The row of a case whose jobs are done."""
+    """The row of a case whose jobs are done; skipped if it asked for a layout that this kind of GPU has not."""
+    seconds = {name: round(outcome["seconds"], 1) for name, outcome in outcomes.items()}
+    starts = {name: round(outcome["start_s"], 1) for name, outcome in outcomes.items() if "start_s" in outcome}
+    row = {"seconds": max(seconds.values()), "start_s": starts}
+    if lacking := [error for outcome in outcomes.values() if LACKS in (error := outcome.get("error", ""))]:
+        return row | {"result": "skipped", "detail": lacking[0]}
     try:
         result, detail = "passed", case.check(outcomes)
     except Exception as error:  # a check stumbles over answers of another shape: that is a failure too
@@ -198,6 +207,4 @@ def verdict(case: Case, outcomes: Mapping[str, dict[str, Any]]) -> dict[str, Any
         result, detail = "FAILED", first if isinstance(error, AssertionError) else f"{type(error).__name__}: {first}"
         errors = [f"{name}: {outcome['error']}" for name, outcome in outcomes.items() if "error" in outcome]
         detail = "; ".join(dict.fromkeys([detail, *errors]))
-    seconds = {name: round(outcome["seconds"], 1) for name, outcome in outcomes.items()}
-    starts = {name: round(outcome["start_s"], 1) for name, outcome in outcomes.items() if "start_s" in outcome}
-    return {"result": result, "seconds": max(seconds.values()), "start_s": starts, "detail": detail}
+    return row | {"result": result, "detail": detail}
