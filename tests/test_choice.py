@@ -107,17 +107,13 @@ def test_crossovers_from_measurements():
     assert crossovers(rows) == {"compact": 8, "far": 90}
 
 
-def made(plan: int) -> choice.LayerLayout:
-    return choice.LayerLayout("any", ops.linear, (plan,), 1 << 10, 1 << 20, ())
-
-
 def test_resident_bytes_are_logged_with_the_last_layer(caplog):
     layers = choice.Layers()
     layers.awaited = 2
     with caplog.at_level(logging.INFO, logger=choice.logger.name):
-        layers.add("stationary", made(1), [torch.zeros(1 << 17, dtype=torch.int32), None])
+        layers.add("stationary", 1 << 20, [torch.zeros(1 << 17, dtype=torch.int32), None])
         assert not caplog.messages
-        layers.add("compact", made(1), [torch.zeros(1 << 18, dtype=torch.uint8)])
+        layers.add("compact", 1 << 20, [torch.zeros(1 << 18, dtype=torch.uint8)])
     assert caplog.messages == [
         "VPTQ weights: 0.00 GiB in stationary layout (4.00 bits/weight), 0.00 GiB in compact layout (2.00 bits/weight)"
     ]

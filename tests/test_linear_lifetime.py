@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from itertools import permutations
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import OffloadConfig, VllmConfig, set_current_vllm_config
+from vllm.config.offload import PrefetchOffloadConfig, UVAOffloadConfig
 from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -16,12 +20,16 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.model_loader import reload
+from vllm.platforms import current_platform
 
 from tests.layers import Module, assert_near, finish, load, make_config, output
 from tests.layers import rank as rank  # a fixture
 from tests.strategies import EVERYTHING, refusal
+from vllm_vptq import compat, gpu
 from vllm_vptq.format import LayerSpec, VPTQFormatError, tensor_shapes
-from vllm_vptq.linear import VPTQDequantizedLinearMethod
+from vllm_vptq.layouts import choice
+from vllm_vptq.layouts.work import LayerWork, Variant
+from vllm_vptq.linear import VPTQDequantizedLinearMethod, VPTQLinearMethod
 
 K = 22
 X = torch.randn(3, K, generator=torch.Generator().manual_seed(0))
@@ -128,43 +136,210 @@ def test_loading_again_with_another_layout_is_refused(rank):
         load(layer, [second], [None])
 
 
-def test_compiled_graphs_are_found_again_only_for_the_same_plans(rank):
-    """They hold the plans as constants, and vLLM's key for them says nothing of how weights are laid out.
-
-    Two ranks, two groups, as above: another permutation is another plan.
-    """
-    rank(0, 2)
-
-    def keys(perm: torch.Tensor) -> list[str]:
-        specs = [LayerSpec(24, 8, 4, 16, group_num=2, enable_perm=True), LayerSpec(24, 8, 4, 16)]
-        modules = [Module(f"l.{leaf}", spec, 0) for leaf, spec in zip(("o_proj", "down_proj"), specs, strict=True)]
-        modules[0].tensors["perm"] = perm.to(torch.int16)
-        config, quantization = VllmConfig(), make_config(*modules)
-        found = [config.compute_hash()]
-        with set_current_vllm_config(config):
-            layers = [RowParallelLinear(24, 8, bias=False, quant_config=quantization, prefix=m.name) for m in modules]
-        for layer, module in zip(layers, modules, strict=True):
-            load(layer, [module], [None])
-            finish(layer)
-            found.append(config.compute_hash())
-        pickle.loads(pickle.dumps(quantization))  # as vLLM does, and with it go no layers
-        return found
-
-    first, again, other = (keys(perm) for perm in (torch.arange(24), torch.arange(24), torch.arange(24).roll(6)))
-    assert first == again and first[:2] == other[:2] == [first[0]] * 2
-    assert len({first[0], first[2], other[2]}) == 3
+@pytest.fixture
+def model(rank):
+    """A layer in a model, loaded as vLLM does it; a norm beside it is a layer of vLLM's."""
+    model = torch.nn.Module()
+    model.qkv_proj, model.norm = qkv_layer(), torch.nn.LayerNorm(K)
+    reload.record_metadata_for_reloading(model)
+    load(model.qkv_proj, qkv_modules(0), IDS)
+    finish(model.qkv_proj)
+    return model
 
 
-def test_vllms_layerwise_reload_is_refused(rank):
-    """vLLM counts the elements a layer still needs; placeholders have none, so it would finish far too early."""
+MODEL_CONFIG = SimpleNamespace(dtype=torch.float32)
+
+
+def test_vllms_weight_reload(model):
+    layer, parameters = model.qkv_proj, dict(model.named_parameters())
+    addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    assert_near(output(layer, X), expected(qkv_modules(0)))
+    for seed in (10, 20):
+        reload.initialize_layerwise_reload(model)
+        load(layer, qkv_modules(seed), IDS)
+        for parameter in list(model.norm.parameters()):
+            parameter.weight_loader(parameter, torch.full([K], float(seed)))
+        reload.finalize_layerwise_reload(model, MODEL_CONFIG)
+        assert_near(output(layer, X), expected(qkv_modules(seed)))
+        assert (model.norm.weight == seed).all()
+        assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == addresses
+
+
+def test_a_reload_without_some_tensor_is_reported(model):
+    reload.initialize_layerwise_reload(model)
+    modules = qkv_modules(10)
+    del modules[1].tensors["indices"]
+    load(model.qkv_proj, modules, IDS)
+    with refusal("tensor", "indices", "missing", name="l.k_proj"):
+        reload.finalize_layerwise_reload(model, MODEL_CONFIG)
+
+
+def test_a_reload_of_other_layers_leaves_this_one(model):
+    reload.initialize_layerwise_reload(model)
+    reload.finalize_layerwise_reload(model, MODEL_CONFIG)
+    assert_near(output(model.qkv_proj, X), expected(qkv_modules(0)))
+
+
+def test_a_vllm_whose_reload_is_another_is_refused(rank, monkeypatch):
+    """Such a vLLM would finish the layer far too early: it counts elements, and placeholders have none."""
+    monkeypatch.setattr(compat, "reload_in_place", lambda *_, **__: False)
     model = torch.nn.Module()
     model.qkv_proj = layer = qkv_layer()
     reload.record_metadata_for_reloading(model)
     load(layer, qkv_modules(0), IDS)
     finish(layer)
     reload.initialize_layerwise_reload(model)
-    with pytest.raises(RuntimeError, match=r"qkv_proj: vptq does not support layer-wise weight reload"):
+    with pytest.raises(RuntimeError, match=r"qkv_proj: vptq does not support this vLLM's weight reload"):
         load(layer, qkv_modules(10), IDS)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What vLLM's configuration asks for, or is told
+
+
+@pytest.mark.parametrize(
+    ("option", "offload"),
+    [
+        ("--cpu-offload-gb", OffloadConfig(uva=UVAOffloadConfig(cpu_offload_gb=1))),
+        ("--offload-group-size", OffloadConfig(prefetch=PrefetchOffloadConfig(offload_group_size=2))),
+    ],
+)
+def test_cpu_offload_is_refused(rank, option, offload):
+    """vLLM would move the empty placeholders, and serve a model as large as before."""
+    with set_current_vllm_config(VllmConfig(offload_config=offload)), refusal(option, name="l.qkv_proj"):
+        qkv_layer()
+
+
+def compile_key(seed: int = 0, prefix: str = "l.qkv_proj", spec: LayerSpec = KEY) -> str:
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        modules = [*qkv_modules(seed)[::2], Module("l.k_proj", spec, seed + 1, bias=True)]
+        made = make_config(*modules, packed={prefix.rpartition(".")[2]: ["q_proj", "k_proj", "v_proj"]})
+        layer = QKVParallelLinear(K, 5, 4, 2, params_dtype=torch.float32, quant_config=made, prefix=prefix)
+    # Loading may go on under another configuration: that of the model around this one.
+    load(layer, modules, ["q", "v", "k"])
+    finish(layer)
+    return config.compute_hash()
+
+
+def test_the_key_of_the_compile_cache_holds_what_graphs_hold(rank):
+    """The plan is a constant of the graph; weights alone are not, in the layout of a CPU."""
+    assert compile_key(0) == compile_key(10)
+    assert compile_key(spec=replace(KEY, num_centroids=32)) != compile_key()
+    assert compile_key(prefix="l.other_proj") != compile_key()
+
+
+def test_the_key_of_the_compile_cache_follows_weights_that_change_the_plan(rank):
+    """Two ranks, two groups, as above: another permutation is another plan."""
+    rank(0, 2)
+    spec = LayerSpec(24, 8, 4, 16, group_num=2, enable_perm=True)
+
+    def key(perm: torch.Tensor) -> str:
+        config, module = VllmConfig(), Module("l.o_proj", spec, 0)
+        module.tensors["perm"] = perm.to(torch.int16)
+        with set_current_vllm_config(config):
+            layer = RowParallelLinear(24, 8, bias=False, quant_config=make_config(module), prefix="l.o_proj")
+        unfinished = config.compute_hash()
+        load(layer, [module], [None])
+        finish(layer)
+        assert config.compute_hash() != unfinished == VllmConfig().compute_hash()
+        return config.compute_hash()
+
+    plain, again, rolled = (key(perm) for perm in (torch.arange(24), torch.arange(24), torch.arange(24).roll(6)))
+    assert plain == again != rolled
+
+
+def test_configuration_is_pickled_without_its_layers(rank):
+    """vLLM sends it to other processes, and compiled graphs go to its cache with it."""
+    config = make_config(*qkv_modules(0), packed={"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
+    layer = QKVParallelLinear(K, 5, 4, 2, params_dtype=torch.float32, quant_config=config, prefix="l.qkv_proj")
+    load(layer, qkv_modules(0), IDS)
+    unpickled = pickle.loads(pickle.dumps(config))
+    assert list(unpickled.specs) == list(config.specs)
+    assert len(pickle.dumps(unpickled)) == len(pickle.dumps(config)) < 10_000
+
+
+def test_the_key_of_the_compile_cache_adds_up(rank):
+    """The order and every one of several layers count."""
+
+    def key(*entries):
+        config = VllmConfig()
+        for entry in entries:
+            compat.add_to_compile_key(config, *entry)
+        return config.compute_hash()
+
+    entries = [("a", (1, 2)), ("b", (1, 2)), ("a", (2, 1))]
+    assert len({key(*some) for n in range(4) for some in permutations(entries, n)}) == 1 + 3 + 6 + 6
+
+
+def test_batch_invariant_mode_is_traced_whole(rank):
+    """The op of a GPU's layout, with its fake: torch.compile must not break the graph at it."""
+    work = LayerWork(True, 40, K, 0, 0, [Variant(8)], [], [])
+    tensor, plan = work.encode(torch.device("cpu"))
+    names = ("codes", "books", "norm", "columns", "dense", "work")
+    layout = choice.LayerLayout("stationary", gpu.lookup_linear, tuple(plan), K, 40 * K, names)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in zip(names, (torch.zeros(4), torch.zeros(4), None, None, None, tensor), strict=True):
+                self.register_buffer(name, value)
+            self.vptq_layout, self.vptq_dtype = layout, torch.float32
+            self.vptq_dense_product = torch.nn.functional.linear
+            self.method = VPTQLinearMethod("l", [], choice.Layers())
+
+        def forward(self, x):
+            return self.method.apply(self, x, None)
+
+    graph = torch.export.export(Layer(), (X,), strict=True).graph
+    assert [str(node.target) for node in graph.nodes if "vptq" in str(node.target)] == [
+        "vllm_vptq.lookup_weight.default"
+    ]
+    assert any("linear" in str(node.target) for node in graph.nodes)
+
+
+class GpuLayout:
+    """A layout with names of its own, as those of GPUs have, around that of the CPU."""
+
+    tensor_names = ("codes",)
+
+    def __init__(self, layout: Any) -> None:
+        self.of, self.name, self.weights, self.plan = layout, "stationary", layout.weights, layout.plan
+
+
+def test_lora_finds_the_device_of_a_layout_with_other_names(rank, monkeypatch):
+    built = choice.build
+
+    def build(*arguments):
+        layout, tensors = built(*arguments)
+        return GpuLayout(layout), {"codes": tensors["qweight"]}
+
+    monkeypatch.setattr(choice, "build", build)
+    layer = loaded()
+    assert _get_lora_device(layer) == torch.device("cpu")
+    assert [name for name, _ in layer.named_parameters() if "weight" in name] == [
+        name for name, _ in qkv_layer().named_parameters() if "weight" in name
+    ]
+
+
+def test_batch_invariant_mode_decodes_for_vllms_product(rank, monkeypatch):
+    calls = []
+
+    def product(x, weight, bias):
+        calls.append(weight.shape)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(compat, "batch_invariant_product", lambda: product)
+    assert_near(output(loaded(), X), expected(qkv_modules(0)))
+    assert calls == [(40, K)]
+
+
+def test_batch_invariant_mode_is_only_asked_for_on_gpus(monkeypatch):
+    assert compat.batch_invariant_product() is None
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert compat.batch_invariant_product() is None
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+    assert compat.batch_invariant_product().__name__ == "linear_batch_invariant"
 
 
 def test_inputs_of_loading_may_be_overwritten_once_the_layer_is_finished(rank):

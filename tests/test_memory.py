@@ -184,6 +184,7 @@ def model(monkeypatch):
         (9, 900, 1.0, [STATIONARY, STATIONARY, STATIONARY]),
         (9, 900, 0.175, [ALIGNED, STATIONARY, COMPACT]),  # 100 KiB are used of the 175 that vLLM may use
         (9, 900, 0.1, [COMPACT, STATIONARY, COMPACT]),
+        (9, 430, 0.4, [STATIONARY, STATIONARY, STATIONARY]),  # beside an engine that holds 470 KiB
         (9, 430, 1.0, [ALIGNED, STATIONARY, STATIONARY]),
         (9, 400, 1.0, [COMPACT, STATIONARY, COMPACT]),
         (10, 900, 1.0, [STATIONARY, STATIONARY, STATIONARY]),

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vllm_vptq.format import is_vptq_section
+
+logger = logging.getLogger("vllm." + __name__)  # vLLM's handler shows it
+
+_COMPILE_KEY = "vllm_vptq"
 
 
 def is_routed_experts(layer: Any) -> bool:
@@ -32,3 +42,77 @@ def recognise_early_configs() -> None:
 
     normalize.reads_vptq_f0 = True  # type: ignore[attr-defined]
     Convertor._normalize_quantization_config = normalize
+
+
+def reload_in_place(layer: torch.nn.Module, finished: Callable[[], None]) -> bool:
+    """Lets vLLM's weight reload give a layer's tensors to the layer's own loaders; False if this vLLM has no such hook.
+
+    vLLM's layer-wise reload takes a layer's parameters away, counts the elements that loaders copy into new ones, and
+    copies the outcome over the old. Our loaders copy nothing into parameters and put reloaded weights in place
+    themselves, so the layer (and each module below it) must look as if it needed none of that. ``finished`` is called
+    at the end of every reload.
+    """
+    try:
+        from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+        from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+    except ImportError:
+        return False
+
+    class LoadsItself(LayerReloadingInfo):
+        def can_load(self) -> bool:
+            return True  # as if under way: vLLM then leaves the parameters alone
+
+        def reset(self) -> None:
+            finished()
+
+    for module in layer.modules():
+        # As many elements as awaited have come: nothing is left to process.
+        LAYERWISE_INFO[module] = LoadsItself(({}, {}), torch.get_default_device(), load_numel=1, load_numel_total=1)
+    return True
+
+
+def current_config() -> Any:
+    """The ``VllmConfig`` that a model is being made or loaded for; None outside of vLLM's engine."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    return get_current_vllm_config_or_none()
+
+
+def add_to_compile_key(config: Any, name: str, constants: object) -> None:
+    """Makes vLLM's compile cache tell apart models whose graphs hold other constants in layer ``name``.
+
+    A layer's plan is a constant of the compiled graph. It depends on the layout and, for the sliced lists of a large
+    book, on the indices themselves, and vLLM's key of the cache knows of neither: a directory quantized anew, or
+    another layout, would run with the graph of the former, and read where its weights are not. ``config`` is the one
+    that the layer was made under: within a multimodal model it is a copy, and the copy is what is hashed.
+    """
+    if config is None:
+        return
+    if not isinstance(config.additional_config, dict):
+        logger.warning("additional_config is no dict; set VLLM_DISABLE_COMPILE_CACHE=1 when weights or layout change")
+        return
+    before = config.additional_config.get(_COMPILE_KEY, "")
+    digest = hashlib.sha256(repr((before, name, constants)).encode()).hexdigest()
+    config.additional_config[_COMPILE_KEY] = digest
+
+
+def cpu_offload_option() -> str | None:
+    """The option by which vLLM was asked to keep weights in CPU memory, or None."""
+    offload = getattr(current_config(), "offload_config", None)
+    if offload is None:
+        return None
+    if offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size > 0:
+        return "--offload-group-size"
+    return "--cpu-offload-gb" if offload.uva.cpu_offload_gb > 0 else None
+
+
+def batch_invariant_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """In vLLM's batch-invariant mode, its product of a dense linear layer on GPUs; None otherwise."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if not envs.VLLM_BATCH_INVARIANT or not current_platform.is_cuda_alike():
+        return None
+    from vllm.model_executor.layers.linear import linear_batch_invariant  # where both versions have it
+
+    return linear_batch_invariant

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
@@ -22,6 +21,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
+from vllm_vptq import compat
 from vllm_vptq.format import LayerSpec, VPTQFormatError
 from vllm_vptq.layouts import choice
 from vllm_vptq.parameters import Intake, Source
@@ -53,19 +53,23 @@ class VPTQLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        if option := compat.cpu_offload_option():
+            raise VPTQFormatError(
+                self.prefix, f"vptq does not support {option}: weights stay on the GPU; leave it out, or use more GPUs"
+            )
         sources = find_sources(layer, self.prefix, self.modules, input_size_per_partition, output_partition_sizes)
         device = torch.get_default_device()
         layer.vptq_dtype = params_dtype
         layer.vptq_layout = None
         intake = layer.vptq_intake = Intake(sources, device, on_ready=partial(self._reloaded, layer))
-        config = get_current_vllm_config_or_none()
+        config = layer.vptq_config = compat.current_config()
         if config is not None:
             self.layers.memory_share = config.cache_config.gpu_memory_utilization
-            if isinstance(config.additional_config, dict):
-                self.layers.graph_key = config.additional_config
         self.layers.expect(self.prefix, intake.loaded)
         for tensor in sorted(intake.tensor_names()):
             _add_placeholder(layer, tensor, _loader(self.prefix, intake, tensor), params_dtype)
+        compat.reload_in_place(layer, finished=intake.require_whole)
+        layer.vptq_dense_product = compat.batch_invariant_product()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if layer.vptq_layout is not None and layer.vptq_intake.untouched:
@@ -84,10 +88,14 @@ class VPTQLinearMethod(LinearMethodBase):
         if before is not None:
             self._replace(layer, before, layout, tensors)
             return
-        self.layers.add(layout.name, layout, tensors.values())
+        self.layers.add(layout.name, layout.weights, tensors.values())
+        compat.add_to_compile_key(layer.vptq_config, self.prefix, (layout.name, layout.plan))
         for name, tensor in tensors.items():
             parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, parameter)
+        if not hasattr(layer, "qweight"):
+            # vLLM's LoRA asks a quantized layer's tensor for the device, and knows some names. No second parameter.
+            layer.__dict__["qweight"] = next(getattr(layer, name) for name in tensors)
 
     def _lay_out(self, layer: torch.nn.Module) -> tuple[choice.LayerLayout, dict[str, Tensor | None]]:
         """Turns the shards into kernel tensors, in the layout the layer has if it was loaded before."""
@@ -119,6 +127,9 @@ class VPTQLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         layout: choice.LayerLayout = layer.vptq_layout
+        if layer.vptq_dense_product is not None:
+            # Which kernel serves a call depends on its tokens, so this mode decodes the weight for vLLM's own product.
+            return layer.vptq_dense_product(x, self.dequantize_weight(layer), bias)
         return layout.apply(x, bias, **{name: getattr(layer, name) for name in layout.tensor_names})
 
     def dequantize_weight(self, layer: torch.nn.Module) -> Tensor:
@@ -141,7 +152,7 @@ class VPTQDequantizedLinearMethod(VPTQLinearMethod):
         if getattr(layer, "weight", None) is not None:
             layer.weight.data.copy_(weight)
             return
-        self.layers.add("dequantized", layout, [weight])
+        self.layers.add("dequantized", layout.weights, [weight])
         layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
         layer.quant_method = UnquantizedLinearMethod()
         layer.quant_method.process_weights_after_loading(layer)
@@ -233,8 +244,8 @@ def _add_placeholder(layer: torch.nn.Module, tensor: str, loader: Any, dtype: to
 def _loader(prefix: str, intake: Intake, tensor: str) -> Any:
     def weight_loader(param: torch.nn.Parameter, loaded_weight: Tensor, shard_id: Any = None) -> None:
         if param.is_meta:
-            # vLLM's layer-wise reload counts the elements a layer still needs, and ours are not known to it.
-            raise RuntimeError(f"{prefix}: vptq does not support layer-wise weight reload; start a new engine")
+            # Layer-wise reload in a vLLM that compat.reload_in_place does not reach.
+            raise RuntimeError(f"{prefix}: vptq does not support this vLLM's weight reload; start a new engine")
         intake.load(tensor, loaded_weight, shard_id)
 
     return weight_loader

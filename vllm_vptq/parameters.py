@@ -235,6 +235,11 @@ class Intake:
                 missing = min(source.expected - source.staged.keys())
                 raise VPTQFormatError(source.name, f"tensor {missing} is missing from the checkpoint")
 
+    def require_whole(self) -> None:
+        """After loading again: VPTQFormatError as in require_ready if only a part of the tensors came."""
+        if not self.untouched:
+            self.require_ready()
+
     def loaded(self) -> list[ModuleShard]:
         """The shards, in output order, if every source has been cut; else none."""
         return [shard for source in self.sources for shard in source.shards] if self.ready else []

@@ -46,9 +46,9 @@ def run(contestant: Contestant, settings: Settings) -> Iterator[dict[str, Any]]:
                 break
             yield event
     finally:
-        _end(process)
+        end_group(process)
     if not done:
-        raise BenchError(f"{contestant.name}: {_cause(log.read_text(errors='replace'))}; its log is {log}")
+        raise BenchError(f"{contestant.name}: {cause(log.read_text(errors='replace'))}; its log is {log}")
     log.unlink()
 
 
@@ -59,7 +59,7 @@ def _wait(process: subprocess.Popen[str]) -> None:
         return
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def end_group(process: subprocess.Popen[Any]) -> None:
     """Kills what is left of the group and waits for it: the next engine looks for free memory at once."""
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline:
@@ -72,7 +72,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _cause(log: str) -> str:
+def cause(log: str) -> str:
     """The first error that a log names: those below it follow from it."""
     found = (match[1] for line in log.splitlines() if (match := _ERROR.search(line)))
     return next(found, None) or (log.strip().splitlines() or ["ended without a word"])[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -108,19 +107,16 @@ def _of(
 class Layers:
     """The quantized layers of a model: which layout each gets, and what they hold, logged when the last is laid out.
 
-    ``memory_share``: of the GPU's memory, that vLLM may use. ``graph_key``: what vLLM hashes to find compiled graphs of
-    an earlier run; they hold plans, which depend on the layouts and, with lists, on the weights.
+    ``memory_share``: of the GPU's memory, that vLLM may use.
     """
 
     def __init__(self) -> None:
         self.awaited = 0
         self.memory_share = 1.0
-        self.graph_key: dict[str, Any] = {}
         self.weights: dict[str, int] = {}
         self.nbytes: dict[str, int] = {}
         self._loaded: dict[str, Callable[[], Sequence[ModuleShard]]] = {}
         self._chosen: dict[str, str] = {}
-        self._plans = ""
 
     def __getstate__(self) -> dict[str, Any]:
         """vLLM pickles its configuration, of which this is part; layers stay where they are."""
@@ -151,10 +147,12 @@ class Layers:
             if name not in self._chosen and (shards := loaded())
         }
         free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
+        free += torch.cuda.memory_reserved(device) - allocated
         usable = self.memory_share * total
-        # Shards, as large as the compact layout, are in memory by now.
-        budget = usable - (total - free) - memory.ROOM * usable
+        # Shards, as large as the compact layout, are in memory by now. The share is this engine's: what others on the
+        # GPU hold does not count against it, as it does not in vLLM.
+        budget = min(usable - allocated, free) - memory.ROOM * usable
         decided = memory.distribute(list(found.values()), budget)
         self._chosen |= dict(zip(found, decided, strict=True))
         if any(kind != list(layer.nbytes)[-1] for kind, layer in zip(decided, found.values(), strict=True)):
@@ -164,18 +162,14 @@ class Layers:
                 "(%s chooses otherwise)", len(found), counts, memory.ROOM * usable / 2**30, LAYOUT,
             )  # fmt: skip
 
-    def add(self, kind: str, layout: LayerLayout, tensors: Iterable[Tensor | None]) -> None:
-        """Counts a layer that has been laid out as ``kind``."""
-        weights = layout.weights
-        self._plans = hashlib.sha256(repr((self._plans, kind, layout.plan)).encode()).hexdigest()[:16]
+    def add(self, kind: str, weights: int, tensors: Iterable[Tensor | None]) -> None:
+        """Counts a layer of ``weights`` weights that has been laid out as ``kind``."""
         size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
         self.weights[kind] = self.weights.get(kind, 0) + weights
         self.nbytes[kind] = self.nbytes.get(kind, 0) + size
         self.awaited -= 1
         if not self.awaited:
             logger.info("VPTQ weights: %s", self)
-            # A draft model has layers of its own.
-            self.graph_key["vllm_vptq"] = self.graph_key.get("vllm_vptq", "") + self._plans
 
     def __str__(self) -> str:
         return ", ".join(
