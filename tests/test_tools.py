@@ -162,10 +162,10 @@ def test_blocks_are_written_as_they_were_trained(tied: Path, text_file: Path, tm
     """The error that the report gives for a trained block is that of the checkpoint: books, norms and biases."""
     reported: list[tuple[float, float]] = []
     monkeypatch.setattr(Report, "block_tuned", lambda self, name, *errors: reported.append(errors))
-    recipe = COARSE.model_copy(update={"calibration": (str(text_file),), "finetune_blocks": BlockTuning(steps=20)})
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),), "finetune_blocks": BlockTuning(steps=60)})
     run(tied, tmp_path / "out", recipe)
     (dense, tokenizer), (coded, _) = load_any(str(tied), CPU), load_any(str(tmp_path / "out"), CPU)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
+    calls: list[Any] = []
     for block in coded.model.layers:
         block.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids[0, : recipe.tokens].view(-1, recipe.context)
@@ -173,8 +173,9 @@ def test_blocks_are_written_as_they_were_trained(tied: Path, text_file: Path, tm
         coded(ids, use_cache=False)
         for block, (args, kwargs, out), (before, after) in zip(dense.model.layers, calls, reported, strict=True):
             wanted = block(*args, **kwargs)
-            assert after < 0.92 * before
-            assert float((out - wanted).square().mean() / wanted.square().mean()) == pytest.approx(after, rel=1e-3)
+            assert after < 0.85 * before
+            error = float((out - wanted).square().mean() / wanted.square().mean())
+            assert error == pytest.approx(after, rel=1e-4)  # not exactly: books are rounded when they are written
 
 
 def test_the_report_tells_every_layer(fine: Path, tmp_path: Path) -> None:
