@@ -81,7 +81,7 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     return found
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once everything of interest was seen."""
 
 
@@ -122,11 +122,11 @@ def first_inputs(model: nn.Module, blocks: list[Block], batches: list[Tensor]) -
 
     def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs.append(args[0] if args else kwargs["hidden_states"])
-        raise _Stop
+        raise Stop
 
     hook = blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True)
     for ids in batches:
-        with contextlib.suppress(_Stop):
+        with contextlib.suppress(Stop):
             _decoder(model)(ids, use_cache=False)
     hook.remove()
     return [Batch(hidden, arguments[ids.shape]) for hidden, ids in zip(inputs, batches, strict=True)]

@@ -38,8 +38,8 @@ def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Pl
     A run into the ``out`` of a killed one with the same model and recipe goes on where that stopped.
     """
     device = choose_device(recipe)
-    # On a GPU sums by index would otherwise depend on the order of atomic additions.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if device.type == "cuda":  # where sums by index would otherwise depend on the order of atomic additions
+        torch.use_deterministic_algorithms(True, warn_only=True)
     versions = {name: version(name) for name in ("torch", "transformers", "vllm-vptq")}
     parts = Parts(out, {"model": source, "recipe": recipe.model_dump(mode="json"), "versions": versions})
     report.stage("loading the model")
