@@ -42,6 +42,11 @@ def calibration_tokens(model: Any, tokenizer: Any, recipe: Recipe, progress: Pro
     return ids[torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed))]
 
 
+def writes_itself(recipe: Recipe) -> bool:
+    """Whether some of the text comes from the model, which then must run."""
+    return not recipe.calibration or any(split_source(source)[0] == SELF for source in recipe.calibration)
+
+
 def shares(weights: list[float], count: int) -> list[int]:
     """``count`` divided by weight, as whole numbers: what rounding down leaves goes to the largest remainders."""
     exact = [count * weight / sum(weights) for weight in weights]
@@ -128,7 +133,8 @@ def _self_written(model: Any, tokenizer: Any, count: int, recipe: Recipe, progre
         first[::2] = opening
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return sample(model, first.to(model.device), recipe.context, progress).cpu()
+        device = next(model.parameters()).device
+        return sample(model, first.to(device), recipe.context, progress).cpu()
 
 
 def sample(model: Any, ids: Tensor, length: int, progress: Progress) -> Tensor:

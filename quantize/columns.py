@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from quantize import native
 from quantize.hessian import inverse_factor
-from quantize.kmeans import Books, assign, call_native, native_books
+from quantize.kmeans import Books, assign
 
 _BLOCK = 128
 """Columns coded before their effect is carried to the rest in one product."""
@@ -80,7 +80,7 @@ def walk(slab: Slab, segments: list[Segment], candidates: int) -> list[Codes]:
     factor = inverse_factor(slab.moment)
     left = slab.target.clone()
     rows = left.shape[1]
-    code_block = _code_block_native if left.device.type == "cpu" else code_block_torch
+    code_block = _code_block_native if native.available(left.device) else code_block_torch
     codes = [_empty(segment, rows, left.device) for segment in segments]
     _in_blocks(code_block, left, factor, segments, codes, candidates)
     return codes
@@ -97,7 +97,7 @@ def sweep(slab: Slab, segments: list[Segment], codes: list[Codes], candidates: i
     coded = decode(rows, segments, codes)
     pull = slab.moment / slab.moment.diagonal()  # pull[j, i]: how far a move of column j shifts the aim of column i
     aim = torch.addmm(coded, pull.T, slab.target - coded)
-    sweep_block = _sweep_block_native if aim.device.type == "cpu" else sweep_block_torch
+    sweep_block = _sweep_block_native if native.available(aim.device) else sweep_block_torch
     swept = [(index.clone(), None if residual is None else residual.clone()) for index, residual in codes]
     _in_blocks(sweep_block, aim, pull, segments, swept, candidates)
     return swept
@@ -165,14 +165,13 @@ def sweep_block_torch(
     return moves
 
 
-def _native(
-    function: str, block: Tensor, matrix: Tensor, books: Books, candidates: int, index: Tensor, residual: Tensor | None
+def _code_block_native(
+    block: Tensor, factor: Tensor, books: Books, candidates: int, index: Tensor, residual: Tensor | None
 ) -> Tensor:
-    result = torch.empty_like(block)
-    arguments = (block, *block.shape, matrix, matrix.stride(0), *native_books(books), min(candidates, len(books.main)))
-    call_native(function, *arguments, index, residual, result)
-    return result
+    return native.code_block(block, factor, books.main, books.residual, candidates, (index, residual))
 
 
-_code_block_native = partial(_native, "vptq_code_block")
-_sweep_block_native = partial(_native, "vptq_sweep_block")
+def _sweep_block_native(
+    aim: Tensor, pull: Tensor, books: Books, candidates: int, index: Tensor, residual: Tensor | None
+) -> Tensor:
+    return native.sweep_block(aim, pull, books.main, books.residual, candidates, (index, residual))

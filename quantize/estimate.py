@@ -64,9 +64,11 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     columns = max(spec.shape[1] for spec in plan.specs.values())
     largest = max(math.prod(spec.shape) for spec in plan.specs.values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    memory = weights + 4 * (5 * columns**2 + 6 * largest)
+    # A GPU holds one block at a time.
+    resident = weights if device.type == "cpu" else weights / len(decoder_blocks(model))
+    memory = resident + 4 * (5 * columns**2 + 6 * largest)
     if recipe.finetune.steps:
-        memory += weights + 12 * plan.weights
+        memory += 2 * weights - resident + 12 * plan.weights
     return f"about {seconds / 60:.0f} min and {memory / 2**30:.1f} GiB on this machine ({device.type})"
 
 
@@ -83,13 +85,15 @@ def _multiplied(spec: LayerSpec, recipe: Recipe) -> float:
 
 
 def _search_rate(device: torch.device) -> float:
-    points, book = torch.randn(20000, 4, device=device), torch.randn(256, 4, device=device)
+    size, k = (20000, 256) if device.type == "cpu" else (1 << 18, 4096)
+    points, book = torch.randn(size, 4, device=device), torch.randn(k, 4, device=device)
     return _rate(lambda: assign(points, Books(book, None), 1)[0], 2.0 * points.numel() * len(book))
 
 
 def _product_rate(device: torch.device) -> float:
-    square = torch.randn(1024, 1024, device=device)
-    return _rate(lambda: square @ square, 2.0 * 1024**3)
+    size = 1024 if device.type == "cpu" else 4096
+    square = torch.randn(size, size, device=device)
+    return _rate(lambda: square @ square, 2.0 * size**3)
 
 
 def _rate(work: Callable[[], Tensor], size: float) -> float:

@@ -129,13 +129,14 @@ def tune_block(run: Callable[[int], Tensor], wanted: list[Tensor], training: Tra
 
     @torch.no_grad()
     def error() -> float:
-        pairs = ((run(i).float(), w.float()) for i, w in enumerate(wanted))
-        return sum(float((found - w).square().mean()) for found, w in pairs) / len(wanted) / scale
+        pairs = ((run(i).float(), w) for i, w in enumerate(wanted))
+        return sum(float((found - w.to(found.device)).square().mean()) for found, w in pairs) / len(wanted) / scale
 
     before = error()
     while training.step < training.steps:
         i = training.step % len(wanted)
-        ((run(i).float() - wanted[i].float()).square().mean() / scale).backward()
+        found = run(i).float()
+        ((found - wanted[i].to(found.device)).square().mean() / scale).backward()
         training.update()
     return before, error()
 

@@ -42,8 +42,9 @@ def damp(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     diagonal = moment.diagonal()
     dead = diagonal <= 0
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    extra = torch.where(dead, mean, damping * mean)
-    return moment + torch.diag(extra), dead
+    damped = moment.clone()
+    damped.diagonal().add_(torch.where(dead, mean, damping * mean))
+    return damped, dead
 
 
 def inverse_factor(moment: Tensor) -> Tensor:
@@ -55,11 +56,17 @@ def inverse_factor(moment: Tensor) -> Tensor:
     mean = moment.diagonal().mean()
     extra = 0.0
     for step in range(_DAMPING_STEPS):
-        damped = moment + extra * mean * torch.eye(len(moment), device=moment.device) if extra else moment
+        damped = moment
+        if extra:
+            damped = moment.clone()
+            damped.diagonal().add_(extra * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower, damped  # of 70B models they hold 3 GiB each
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
+                del inverse
                 return upper.contiguous()
         extra = 0.01 * 4.0**step
     raise QuantizeError("the second moments of its inputs have no Cholesky factor, however much they are damped")

@@ -12,11 +12,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from quantize.devices import streamed
 from quantize.errors import QuantizeError
 
+_ON_DEVICE = 2 << 30
+"""Bytes of hidden states that may stay on a GPU, of all batches."""
 
-def load(model: str, device: torch.device) -> tuple[nn.Module, Any]:
-    """A causal language model in its own dtype, and its tokenizer; QuantizeError if either can't be loaded."""
+
+def load(model: str) -> tuple[nn.Module, Any]:
+    """A causal language model in its own dtype, and its tokenizer; QuantizeError if either can't be loaded.
+
+    Weights stay in their files, mapped into memory, until they are used; whoever changes them must replace them.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with loading(model):
@@ -25,7 +32,7 @@ def load(model: str, device: torch.device) -> tuple[nn.Module, Any]:
             raise QuantizeError(f"model {model} is quantized already; start from the original")
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", low_cpu_mem_usage=True)
-    return loaded.to(device).eval(), tokenizer
+    return loaded.eval(), tokenizer
 
 
 def load_shapes(model: str) -> nn.Module:
@@ -90,7 +97,12 @@ class Batch:
     """A batch on its way through the blocks: its hidden states, and each block's keyword arguments by position."""
 
     hidden: Tensor
+    """On the device, or pinned in the host's memory where a run has too much of it."""
     arguments: list[dict]
+
+    def keep(self, hidden: Tensor) -> None:
+        """Takes other hidden states, of the same shape, where the old ones were."""
+        self.hidden.copy_(hidden)
 
     def ordinary(self) -> Batch:
         """A copy that autograd can save; what inference mode made, it refuses."""
@@ -106,7 +118,8 @@ class Batch:
 
     def run(self, i: int, block: nn.Module) -> Tensor:
         """Block i's output hidden states."""
-        output = block(self.hidden, **self.arguments[i])
+        device = next(block.parameters()).device
+        output = block(self.hidden.to(device, non_blocking=True), **self.arguments[i])
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -117,18 +130,21 @@ def first_inputs(model: nn.Module, blocks: list[Block], batches: list[Tensor]) -
     Blocks may be called with different arguments (sliding and full attention masks), which depend on the batch's
     shape alone: one whole pass for every shape records them.
     """
-    arguments = {ids.shape: _arguments(model, blocks, ids) for ids in {ids.shape: ids for ids in batches}.values()}
     inputs: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs.append(args[0] if args else kwargs["hidden_states"])
+        hidden = args[0] if args else kwargs["hidden_states"]
+        large = hidden.device.type == "cuda" and hidden.nbytes * len(batches) > _ON_DEVICE
+        inputs.append(torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden) if large else hidden)
         raise Stop
 
-    hook = blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True)
-    for ids in batches:
-        with contextlib.suppress(Stop):
-            _decoder(model)(ids, use_cache=False)
-    hook.remove()
+    with streamed(model, [block.module for block in blocks], batches[0].device):
+        arguments = {ids.shape: _arguments(model, blocks, ids) for ids in {ids.shape: ids for ids in batches}.values()}
+        hook = blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True)
+        for ids in batches:
+            with contextlib.suppress(Stop):
+                _decoder(model)(ids, use_cache=False)
+        hook.remove()
     return [Batch(hidden, arguments[ids.shape]) for hidden, ids in zip(inputs, batches, strict=True)]
 
 

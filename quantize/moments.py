@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from quantize.devices import streamed
 from quantize.errors import QuantizeError
 from quantize.hessian import SecondMoment
 from quantize.model import Batch, Block, Stop
@@ -87,7 +88,7 @@ def collect(
 
 
 def output_gradients(
-    model: nn.Module, groups: Mapping[str, list[slice]], batches: Sequence[Tensor]
+    model: nn.Module, blocks: Sequence[Block], groups: Mapping[str, list[slice]], batches: Sequence[Tensor]
 ) -> tuple[Weights, dict[str, float]]:
     """What the end loss feels of an error in each linear's output: squared gradients, mean over each group of rows.
 
@@ -106,9 +107,10 @@ def output_gradients(
     model.requires_grad_(False)
     embeddings: nn.Module = model.get_input_embeddings()
     hooks.append(embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_()))
-    for ids in batches:
-        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-        nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+    with streamed(model, [block.module for block in blocks], batches[0].device):
+        for ids in batches:
+            logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
     for hook in hooks:
         hook.remove()
     for parameter in trainable:

@@ -1,7 +1,8 @@
 """Refinement with indices fixed: the layer loss is quadratic in the centroids, and in the norm; solve for its minimum.
 
-``tr(E^T H E)`` with ``E = target - Q`` and Q linear in what is looked for. The normal equations are never formed:
-conjugate gradients need a lookup, a product with H and a sum over indices each step, whatever the size of the books.
+``tr(E^T H E)`` with ``E = target - Q`` and Q linear in what is looked for. The normal equations of the centroids are
+never formed: conjugate gradients need a lookup, a product with H and a sum over indices each step, whatever the size of
+the books.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from quantize.columns import Codes, Segment, Slab, as_vectors, decode
 from quantize.kmeans import Books
+from quantize.sums import IndexedSums
 
 _RIDGE = 1e-4
 """Relative to the diagonal, towards the present values: what the data say nothing about stays where it is."""
@@ -57,16 +59,25 @@ def fit_books(slabs: list[Slab], segments: list[Segment], codes: list[list[Codes
             shaped.append(Segment(segment.start, segment.end, Books(books[0], books[1] if len(books) > 1 else None)))
         return shaped
 
+    # One for every slab, segment and book, as `gather` meets them.
+    sums = [
+        [
+            [IndexedSums(index.flatten(), len(book)) for book, index in _used(segment.books, pair)]
+            for segment, pair in zip(segments, code, strict=True)
+        ]
+        for code in codes
+    ]
+
     def gather(gradients: list[Tensor]) -> Tensor:
         """Sums ``[C, rows]`` over the vectors of every centroid: the transpose of a lookup."""
-        sums = unflatten(torch.zeros_like(flat))
-        for gradient, code in zip(gradients, codes, strict=True):
-            for total, indices in zip(sums, code, strict=True):
-                vectors = as_vectors(gradient[total.start : total.end], total.v).flatten(0, 1)
-                for book, index in zip(_both(total.books), indices, strict=False):
-                    assert index is not None
-                    book.index_add_(0, index.flatten(), vectors)
-        return torch.cat([book.flatten() for total in sums for book in _both(total.books)])
+        total = torch.zeros_like(flat)
+        for gradient, of_segments in zip(gradients, sums, strict=True):
+            parts = []
+            for segment, of_books in zip(segments, of_segments, strict=True):
+                vectors = as_vectors(gradient[segment.start : segment.end], segment.v).flatten(0, 1)
+                parts += [of_book(vectors).flatten() for of_book in of_books]
+            total += torch.cat(parts)
+        return total
 
     def lookup(x: Tensor) -> list[Tensor]:
         shaped = unflatten(x)
@@ -90,20 +101,35 @@ def _both(books: Books) -> list[Tensor]:
     return [books.main] if books.residual is None else [books.main, books.residual]
 
 
+def _used(books: Books, pair: Codes) -> list[tuple[Tensor, Tensor]]:
+    """Books with their indices."""
+    return [(book, index) for book, index in zip(_both(books), pair, strict=False) if index is not None]
+
+
 def fit_norm(slabs: list[Slab], coded: list[Tensor], steps: int) -> tuple[Tensor, Tensor]:
     """Factor and offset ``[C]`` for every column so that ``factor * coded + offset`` minimises the loss.
 
     ``coded[i] [C, rows]`` are the decoded columns of ``slabs[i]``.
     """
     columns = len(slabs[0].target)
+    sums = [q.sum(1) for q in coded]
+    # Half of the normal equations is formed, once: a step then costs what H has elements, not that times the rows.
+    gram = torch.zeros_like(slabs[0].moment)
+    for slab, q in zip(slabs, coded, strict=True):
+        gram += (q @ q.T).mul_(slab.moment)
 
     def gather(gradients: list[Tensor]) -> Tensor:
         factor = sum((g * q).sum(1) for g, q in zip(gradients, coded, strict=True))
         return torch.cat([torch.as_tensor(factor), torch.as_tensor(sum(g.sum(1) for g in gradients))])
 
     def apply(x: Tensor) -> Tensor:
-        factor, offset = x[:columns, None], x[columns:, None]
-        return gather([slab.moment @ (factor * q + offset) for slab, q in zip(slabs, coded, strict=True)])
+        factor, offset = x[:columns], x[columns:]
+        of_factor, of_offset = gram @ factor, torch.zeros_like(offset)
+        for slab, total in zip(slabs, sums, strict=True):
+            pulled = slab.moment @ offset
+            of_factor += total * pulled
+            of_offset += slab.moment @ (total * factor) + slab.target.shape[1] * pulled
+        return torch.cat([of_factor, of_offset])
 
     energy = sum(slab.moment.diagonal() * q.square().sum(1) for slab, q in zip(slabs, coded, strict=True))
     rows = sum(slab.moment.diagonal() * slab.target.shape[1] for slab in slabs)

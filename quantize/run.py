@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantize.model import Block
@@ -26,19 +27,29 @@ class Run:
     parts: Parts
     report: Report
     ids: Tensor
-    """Calibration tokens int64 ``[sequences, context]``, on the device."""
+    """Calibration tokens int64 ``[sequences, context]``, on the first device."""
+    devices: list[torch.device]
+    """What layers are coded on; the first one runs the blocks."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that runs the blocks."""
+        return self.devices[0]
 
     def id_batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
         """The calibration sequences in batches of about so many tokens."""
         return list(self.ids.split(max(1, tokens // self.recipe.context)))
 
+    def trained(self, name: str) -> dict[str, Tensor]:
+        """What the training of the block changed that a module or parameter is in; nothing if there was none."""
+        block = next((block for block in self.blocks if name.startswith(f"{block.name}.")), None)
+        part = None if block is None else tuned_part(block)
+        return self.parts.load(part) if part is not None and part in self.parts else {}
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """A finished layer's tensors, as its block's training left them."""
-        tensors = self.parts.load(name)
-        tuned = next((p for b in self.blocks if name in b.linears and (p := tuned_part(b)) in self.parts), None)
-        if tuned is not None:
-            trained = self.parts.load(tuned)
-            tensors |= {key: trained[f"{name}.{key}"] for key in tensors if f"{name}.{key}" in trained}
+        tensors, trained = self.parts.load(name), self.trained(name)
+        tensors |= {key: trained[f"{name}.{key}"] for key in tensors if f"{name}.{key}" in trained}
         return tensors
 
 

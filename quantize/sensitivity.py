@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from quantize.allocate import distortion
+from quantize.devices import resident, share
 from quantize.model import Block, first_inputs
 from quantize.moments import collect, output_gradients, stages
 from quantize.plan import Plan
@@ -23,6 +26,7 @@ def measure(
     plan: Plan,
     batches: Sequence[Tensor],
     recipe: Recipe,
+    devices: Sequence[torch.device],
     progress: Callable[[int, int], None],
 ) -> dict[str, dict[bool, float]]:
     """For every layer, with and without a norm, end loss per unit of distortion of its books, up to a factor.
@@ -32,25 +36,30 @@ def measure(
     are token ids.
     """
     rows = {name: [slice(0, shape[0])] for name, shape in plan.shapes.items()}
-    _, gradients = output_gradients(model, rows, batches)
+    _, gradients = output_gradients(model, blocks, rows, batches)
     hidden = first_inputs(model, blocks, list(batches))
     quick = recipe.model_copy(update={"algorithm": "joint", "rounds": 0, "iterations": 5})
     pilot_distortion = distortion(4, 64, 0)
     found: dict[str, dict[bool, float]] = {}
+
+    def worth(block: Block, name: str, moment: Tensor, device: torch.device) -> dict[bool, float]:
+        weight, moment = block.linears[name].weight.data.to(device), moment.to(device)
+        total, losses = float((weight.float() @ moment * weight.float()).sum()), {}
+        for norm in (True, False):
+            layer = plan.layers[name].model_copy(update=_PILOT | {"norm": norm})
+            error = solve(weight, moment, layer, quick, torch.float32).error
+            losses[norm] = gradients[name] * error * total / pilot_distortion
+        return losses
+
     for i, block in enumerate(blocks):
         names = [name for name in block.linears if name in plan.layers]
-        for stage in stages(i, block, names, hidden[0]):
-            moments = collect(i, block, stage, hidden)
-            for name in stage:
-                weight = block.linears[name].weight.data
-                total = float((weight.float() @ moments[name] * weight.float()).sum())
-                found[name] = {}
-                for norm in (True, False):
-                    layer = plan.layers[name].model_copy(update=_PILOT | {"norm": norm})
-                    error = solve(weight, moments[name], layer, quick, torch.float32).error
-                    found[name][norm] = gradients[name] * error * total / pilot_distortion
+        with resident(block.module, batches[0].device):
+            for stage in stages(i, block, names, hidden[0]):
+                moments = collect(i, block, stage, hidden)
+                jobs = [(math.prod(plan.shapes[name]), partial(worth, block, name, moments[name])) for name in stage]
+                found |= dict(zip(stage, share(devices, jobs), strict=True))
                 progress(len(found), len(plan.layers))
-        with torch.inference_mode():
-            for batch in hidden:
-                batch.hidden = batch.run(i, block.module)
+            with torch.inference_mode():
+                for batch in hidden:
+                    batch.keep(batch.run(i, block.module))
     return found

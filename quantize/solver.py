@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quantize.columns import Codes, Segment, Slab, as_vectors, decode, sweep, walk
+from quantize.devices import Clock
 from quantize.errors import QuantizeError
 from quantize.hessian import damp
 from quantize.kmeans import Books, kmeans, train_books
@@ -31,7 +32,7 @@ _MOST_SAMPLES = 1 << 21
 class Solution:
     """A coded layer: its tensors on the CPU, its weight on the device, its error ``tr(E H E^T) / tr(W H W^T)``.
 
-    ``steps`` holds that error after each step, the walk and every round.
+    ``steps`` holds that error after each step, the walk and every round; ``seconds`` the time of each kind of work.
     """
 
     spec: LayerSpec
@@ -39,6 +40,7 @@ class Solution:
     weight: Tensor
     error: float
     steps: dict[str, float]
+    seconds: dict[str, float]
 
 
 def solve(weight: Tensor, moment: Tensor, layer: LayerRecipe, recipe: Recipe, dtype: torch.dtype) -> Solution:
@@ -52,21 +54,33 @@ def solve(weight: Tensor, moment: Tensor, layer: LayerRecipe, recipe: Recipe, dt
         raise QuantizeError("its weight holds NaN or infinite values")
     moments = moment[None] if moment.ndim == 2 else moment
     spec = layer.spec(*target.shape)
-    state = _State(target, moments, spec, recipe, dtype)
+    clock = Clock(target.device)
+    with clock("setup"):
+        state = _State(target, moments, spec, recipe, dtype, clock)
     steps = {}
     if recipe.algorithm == "vptq":
-        state.code_as_vptq()
+        with clock("walk"):
+            state.code_as_vptq()
     else:
-        state.segments = [replace(s, books=books) for s, books in zip(state.segments, state.train(), strict=True)]
-        state.walk()
-    steps["walk"] = state.error()
+        with clock("k-means"):
+            state.segments = [replace(s, books=books) for s, books in zip(state.segments, state.train(), strict=True)]
+        with clock("walk"):
+            state.walk()
+    with clock("errors"):
+        steps["walk"] = state.error()
     for i in range(recipe.rounds):
         state.refine()
-        steps[f"round {i + 1}"] = state.error()
-    tensors = state.tensors()
-    result = dequantize(tensors, spec)
-    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    return Solution(spec, on_cpu, result, relative_error(target, result, moments, state.groups), steps)
+        with clock("errors"):
+            steps[f"round {i + 1}"] = state.error()
+    groups = state.groups
+    with clock("export"):
+        tensors = state.tensors()
+        del state
+        result = dequantize(tensors, spec)
+        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with clock("errors"):
+        error = relative_error(target, result, moments, groups)
+    return Solution(spec, on_cpu, result, error, steps, dict(clock.seconds))
 
 
 def row_groups(out_features: int, count: int, spec: LayerSpec) -> list[slice]:
@@ -94,31 +108,39 @@ def relative_error(weight: Tensor, result: Tensor, moments: Tensor, groups: list
 class _State:
     """A layer while it is being coded: its columns transposed and in coding order, its norm, books and indices."""
 
-    def __init__(self, target: Tensor, moments: Tensor, spec: LayerSpec, recipe: Recipe, dtype: torch.dtype) -> None:
-        self.spec, self.recipe, self.dtype = spec, recipe, dtype
+    def __init__(
+        self, target: Tensor, moments: Tensor, spec: LayerSpec, recipe: Recipe, dtype: torch.dtype, clock: Clock
+    ) -> None:
+        self.spec, self.recipe, self.dtype, self.clock = spec, recipe, dtype, clock
         out, columns = target.shape
         self.groups = row_groups(out, len(moments), spec)
-        damped, dead = zip(*(damp(moment, recipe.damping) for moment in moments), strict=True)
-        silent = torch.stack(dead).all(0)
+        damped = [damp(moment, recipe.damping) for moment in moments]
+        silent = torch.stack([dead for _, dead in damped]).all(0)
         self.weight = target.masked_fill(silent[None, :], 0.0).T
         self.scale = torch.ones(columns, device=target.device)
         self.shift = torch.zeros(columns, device=target.device)
         if spec.enable_norm:
             shift = self.weight.mean(1)
             self._set_norm((self.weight - shift[:, None]).square().mean(1).sqrt(), shift)
-        total = sum(m.diagonal() * (g.stop - g.start) for m, g in zip(damped, self.groups, strict=True))
+        total = sum(m.diagonal() * (g.stop - g.start) for (m, _), g in zip(damped, self.groups, strict=True))
         # One pair of books needs no stored order: the order of coding is then nobody's business but ours.
         self.order = torch.arange(columns, device=target.device)
         self.reordered = spec.enable_perm or (spec.group_num == 1 and not spec.outlier_size)
         if self.reordered:
             importance = torch.as_tensor(total) * self.scale.square()
             self.order = importance.argsort(descending=True, stable=True)
-        self.raw = [moment[self.order][:, self.order] for moment in damped]
+        self.raw: list[Tensor] = []
+        while damped:  # one after another: those of 70B models hold 3 GiB each
+            self.raw.append(damped.pop(0)[0][self.order][:, self.order])
         self.weight = self.weight[self.order]
         self.scale, self.shift = self.scale[self.order], self.shift[self.order]
         self.segments = _segments(spec, target.device)
         self.codes: list[list[Codes]] = []
         self.slabs = self._slabs()
+        self.energy = sum(
+            float((raw @ self.weight[:, rows] * self.weight[:, rows]).sum())
+            for raw, rows in zip(self.raw, self.groups, strict=True)
+        )
 
     def _set_norm(self, scale: Tensor, shift: Tensor) -> None:
         """Rounds the norm to what is stored, so that whoever codes after it sees and mends the rounding."""
@@ -163,14 +185,17 @@ class _State:
     def refine(self) -> None:
         """One round: books, then the norm by least squares, then indices by coordinate descent."""
         steps = self.recipe.fit_steps
-        fitted = fit_books(self.slabs, self.segments, self.codes, steps)
-        self.segments = [replace(s, books=self._rounded(s.books)) for s in fitted]
-        if self.spec.enable_norm:
-            factor, offset = fit_norm(self.slabs, self._decoded(), steps)
-            self._set_norm(self.scale * factor, self.shift + self.scale * offset)
-            self.slabs = self._slabs()
-        candidates = self.recipe.candidates
-        self.codes = [sweep(s, self.segments, c, candidates) for s, c in zip(self.slabs, self.codes, strict=True)]
+        with self.clock("refinement"):
+            fitted = fit_books(self.slabs, self.segments, self.codes, steps)
+            self.segments = [replace(s, books=self._rounded(s.books)) for s in fitted]
+            if self.spec.enable_norm:
+                factor, offset = fit_norm(self.slabs, self._decoded(), steps)
+                self._set_norm(self.scale * factor, self.shift + self.scale * offset)
+                self.slabs = []  # before the new ones are there: those of 70B models hold 4 GiB
+                self.slabs = self._slabs()
+        with self.clock("descent"):
+            pairs = zip(self.slabs, self.codes, strict=True)
+            self.codes = [sweep(slab, self.segments, codes, self.recipe.candidates) for slab, codes in pairs]
 
     def code_as_vptq(self) -> None:
         """VPTQ's order of steps (https://arxiv.org/abs/2409.17066, algorithm 1 and its residual quantization).
@@ -202,13 +227,11 @@ class _State:
 
     def error(self) -> float:
         """The relative error so far, by the damped moments."""
-        missed = total = 0.0
-        for slab, raw, rows, coded in zip(self.slabs, self.raw, self.groups, self._decoded(), strict=True):
+        missed = 0.0
+        for slab, coded in zip(self.slabs, self._decoded(), strict=True):
             error = slab.target - coded
             missed += float((slab.moment @ error * error).sum())
-            weight = self.weight[:, rows]
-            total += float((raw @ weight * weight).sum())
-        return missed / max(total, 1e-30)
+        return missed / max(self.energy, 1e-30)
 
     def _decoded(self) -> list[Tensor]:
         pairs = zip(self.slabs, self.codes, strict=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from quantize.coded import CodedLinear
+from quantize.devices import resident
 from quantize.finetune import Training, replace_linears, trainable, tune_block, tune_model
-from quantize.model import Batch, Block, load
+from quantize.model import Batch, Block
 from quantize.plan import Plan
 from quantize.run import Run, tuned_part
 from vllm_vptq.format import dequantize
@@ -51,29 +52,45 @@ def put_tuned(run: Run, plan: Plan, block: Block) -> None:
     tensors = run.parts.load(tuned_part(block))
     norms = {name: p for name, p in block.module.named_parameters() if f"{block.name}.{name}" in tensors}
     for name, parameter in norms.items():
-        parameter.data.copy_(tensors[f"{block.name}.{name}"])
+        parameter.data = tensors[f"{block.name}.{name}"].to(parameter.device)
     for name, linear in block.linears.items():
         if name in plan.specs:
-            put_weight(linear, dequantize(run.tensors(name), plan.specs[name]))
+            on_device = {key: tensor.to(run.device) for key, tensor in run.tensors(name).items()}
+            put_weight(linear, dequantize(on_device, plan.specs[name]))
 
 
 def _coded_linears(run: Run, plan: Plan, names: list[str]) -> dict[str, CodedLinear]:
+    """Coded linears to be trained, with biases of their own, as their block's training left them."""
     coded = {}
     for name in names:
-        tensors = {key: tensor.to(run.ids.device) for key, tensor in run.tensors(name).items()}
-        coded[name] = CodedLinear(tensors, plan.specs[name], run.model.get_submodule(name).bias)
+        tensors = {key: tensor.to(run.device) for key, tensor in run.tensors(name).items()}
+        bias = run.model.get_submodule(name).bias
+        if bias is not None:
+            bias = nn.Parameter(run.trained(name).get(f"{name}.bias", bias.detach()).to(run.device, copy=True))
+        coded[name] = CodedLinear(tensors, plan.specs[name], bias)
     return coded
 
 
-def finetune_model(run: Run, plan: Plan, source: str) -> None:
-    """Trains books and norms end to end; the result is the part ``tuned``, with the checkpoint's names of tensors."""
+def finetune_model(run: Run, plan: Plan) -> None:
+    """Trains books and norms end to end; the result is the part ``tuned``, with the checkpoint's names of tensors.
+
+    Original and copy are both on the first device, whole.
+    """
     if "tuned" in run.parts:
         return
-    device = run.ids.device
-    teacher, _ = load(source, device)
-    student = copy.deepcopy(run.model)
+    with resident(run.model, run.device):
+        _finetune_model(run, plan)
+
+
+def _finetune_model(run: Run, plan: Plan) -> None:
     coded = _coded_linears(run, plan, list(plan.specs))
+    with torch.no_grad():
+        student = _copy_without(run.model, coded)
     replace_linears(student, coded.items())
+    for name, parameter in student.named_parameters():
+        trained = run.trained(name).get(name)
+        if trained is not None and name.rpartition(".")[0] not in coded:  # a norm
+            parameter.data = trained.to(run.device, copy=True)
     settings = run.recipe.finetune
     training = Training(trainable(student), settings.rate, settings.steps)
     if "training" in run.parts:
@@ -89,10 +106,16 @@ def finetune_model(run: Run, plan: Plan, source: str) -> None:
     def progress(step: int, steps: int, loss: float) -> None:
         run.report.training(step, steps, loss)
 
-    tune_model(student, teacher, run.id_batches(settings.tokens), training, progress, checkpoint)
+    tune_model(student, run.model, run.id_batches(settings.tokens), training, progress, checkpoint)
     run.parts.save("tuned", _tuned_tensors(run, coded, training.parameters))
 
 
+def _copy_without(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A copy of a model, but of the weights of some linears, which it shares."""
+    shared = {id(weight): weight for weight in (model.get_submodule(name).weight for name in names)}
+    return copy.deepcopy(model, shared)
+
+
 def put_weight(linear: nn.Linear, weight: Tensor) -> None:
-    """Gives a linear another weight ``[out_features, in_features]``, in its own dtype."""
-    linear.weight.data.copy_(weight)
+    """Gives a linear another weight ``[out_features, in_features]``, in its own dtype; the old one is left as it is."""
+    linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)

@@ -34,7 +34,7 @@ def test_kernels_compile(toolkit: Toolkit, tmp_path: Path) -> None:
             return None
         return f"{file.name} for {architecture}: {first_error(done.stdout + done.stderr)}"
 
-    files = sorted((sources() / "cuda").glob("*.cu"))
+    files = [*sorted((sources() / "cuda").glob("*.cu")), *sorted((sources() / "quantize").glob("*.cu"))]
     assert files
     with ThreadPoolExecutor(2) as pool:
         wrong = pool.map(compile_one, *zip(*[(file, name) for file in files for name in ARCHITECTURES], strict=True))

@@ -38,7 +38,7 @@ def test_stages_are_those_that_share_an_input(model: nn.Module) -> None:
 def test_gradients_are_those_of_the_loss(model: nn.Module) -> None:
     """Against autograd with an output replaced by a leaf."""
     batches, name = token_batches(), "model.layers.1.mlp.up_proj"
-    weights, means = output_gradients(model, {name: [slice(0, 40), slice(40, 96)]}, batches)
+    weights, means = output_gradients(model, decoder_blocks(model), {name: [slice(0, 40), slice(40, 96)]}, batches)
     assert weights[name].shape == (3 * 48, 2)
     assert float(weights[name].mean()) == pytest.approx(1, rel=1e-4)
     squares = []

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from quantize import pipeline
+from quantize import blocks
 from quantize.errors import QuantizeError
 from quantize.evaluate import load_any, perplexity
 from quantize.export import read_config, write_dense
@@ -49,7 +49,7 @@ def check_files(source: Path, out: Path, plan: Plan) -> dict[str, Tensor]:
         own = module_tensors(tensors, name)
         validate(name, own, spec)
         dense -= {f"{name}.{key}" for key in own if key != "bias"}
-        assert own["centroids.weight"].dtype == pipeline.book_dtype(original[f"{name}.weight"].dtype)
+        assert own["centroids.weight"].dtype == blocks.book_dtype(original[f"{name}.weight"].dtype)
     assert dense == original.keys() - {f"{name}.weight" for name in plan.specs}
     assert all(torch.equal(tensors[name], original[name]) for name in dense)
     old = json.loads((source / "config.json").read_text())
@@ -135,13 +135,13 @@ def test_a_checkpoint_equals_its_dense_twin(tied: Path, fine: Path, tmp_path: Pa
 def test_the_moments_are_those_of_the_text(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Of the first layer on the original's inputs, of others on those that the coded layers before it give."""
     seen: list[Tensor] = []
-    original = pipeline.solve
+    original = blocks.solve
 
     def spy(weight: Tensor, moment: Tensor, *more: Any) -> Any:
         seen.append(moment.clone())
         return original(weight, moment, *more)
 
-    monkeypatch.setattr(pipeline, "solve", spy)
+    monkeypatch.setattr(blocks, "solve", spy)
     recipe = COARSE.model_copy(update={"calibration": (str(text_file),)})
     names = list(run(tied, tmp_path / "out", recipe).specs)
     dense, tokenizer = load_any(str(tied), CPU)

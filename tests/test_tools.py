@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantize import evaluate, pipeline
+from quantize import blocks, evaluate
 from quantize.errors import QuantizeError
 from quantize.estimate import estimate, planned
 from quantize.evaluate import load_any, score, task_scores
@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tied: Path, text_file:
 def test_finished_layers_are_not_solved_again(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
     recipe = COARSE.model_copy(update={"calibration": (str(text_file),)})
     solved: list[str] = []
-    original = pipeline.solve
+    original = blocks.solve
 
     def stop_after(count: int) -> Any:
         def solve(*arguments: Any) -> Any:
@@ -80,10 +80,10 @@ def test_finished_layers_are_not_solved_again(tied: Path, text_file: Path, tmp_p
 
         return solve
 
-    monkeypatch.setattr(pipeline, "solve", stop_after(9))
+    monkeypatch.setattr(blocks, "solve", stop_after(9))
     with pytest.raises(KeyboardInterrupt):
         run(tied, tmp_path / "out", recipe)
-    monkeypatch.setattr(pipeline, "solve", stop_after(100))
+    monkeypatch.setattr(blocks, "solve", stop_after(100))
     run(tied, tmp_path / "out", recipe)
     assert len(solved) == 14
 

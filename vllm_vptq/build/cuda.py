@@ -85,8 +85,8 @@ def locate() -> Extension:
 
     if torch.version.cuda is None:
         raise BuildError(f"torch {torch.__version__} has no CUDA; install vLLM's package for GPUs, which brings one")
-    gpus = _gpus()
-    ahead, passed_over = _ahead_of_time(gpus)
+    present = gpus()
+    ahead, passed_over = _ahead_of_time(present)
     if ahead:
         return ahead
     if not source_files(sources()):
@@ -97,7 +97,7 @@ def locate() -> Extension:
     except BuildError as error:
         # Whoever built a library when installing wants to know first why that one is not used.
         raise BuildError(f"the installed kernels were {passed_over}; {error}" if passed_over else str(error)) from None
-    names = tuple(architecture(gpu) for gpu in gpus)
+    names = tuple(architecture(gpu) for gpu in present)
     if unknown := set(names) - set(supported(toolkit, names)):
         raise BuildError(
             f"CUDA {toolkit.version} in {toolkit.root} cannot build for {', '.join(unknown)}; install a newer"
@@ -136,7 +136,7 @@ def manifest(source: Path, architectures: tuple[str, ...]) -> str:
     )
 
 
-def _ahead_of_time(gpus: list[Capability]) -> tuple[Extension | None, str]:
+def _ahead_of_time(present: list[Capability]) -> tuple[Extension | None, str]:
     import torch
 
     library, description = next(package().glob("_C*.so"), None), package() / MANIFEST
@@ -149,12 +149,12 @@ def _ahead_of_time(gpus: list[Capability]) -> tuple[Extension | None, str]:
     if made["sources"] != fingerprint(sources()):
         return None, "built from other sources"
     names = tuple(made["architectures"])
-    if missing := [architecture(gpu) for gpu in gpus if not runs_on(names, gpu)]:
+    if missing := [architecture(gpu) for gpu in present if not runs_on(names, gpu)]:
         return None, f"built for {', '.join(names)}, not for {', '.join(missing)}"
     return Extension(library, names, True), ""
 
 
-def _gpus() -> list[Capability]:
+def gpus() -> list[Capability]:
     """The different kinds of GPU present that the kernels run on."""
     import torch
 

@@ -1,0 +1,131 @@
+"""The walk over a model's blocks: one at a time visits the device, has its linears coded, and passes activations on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from quantize.devices import Clock, peak_memory, resident, share
+from quantize.errors import QuantizeError
+from quantize.model import Batch, Block
+from quantize.moments import Weights, collect, stages
+from quantize.plan import Plan
+from quantize.recipe import LayerRecipe
+from quantize.run import Run, tuned_part
+from quantize.solver import solve
+from quantize.training import finetune_block, put_tuned, put_weight
+from vllm_vptq.format import dequantize, effective_bits
+
+
+def quantize_blocks(run: Run, plan: Plan, batches: list[Batch], weights: Weights | None) -> None:
+    """Codes every linear that has no part yet; ``batches`` go through the coded blocks."""
+    for i, block in enumerate(run.blocks):
+        started = time.perf_counter()
+        quantize_block(run, plan, i, batches, weights)
+        run.report.block(block.name, time.perf_counter() - started)
+
+
+def quantize_block(run: Run, plan: Plan, i: int, batches: list[Batch], weights: Weights | None) -> dict[str, float]:
+    """Codes block i's linears that have no part yet, and takes the batches through the coded block.
+
+    Gives the seconds by step, those of :class:`quantize.solver.Solution` aside.
+    """
+    block, clock = run.blocks[i], Clock(run.device)
+    names = [name for name in block.linears if name in plan.layers]
+    done = sum(name in plan.layers for before in run.blocks[:i] for name in before.linears)
+    original = run.recipe.activations == "original"
+    with resident(block.module, run.device):
+        with clock("forward"):
+            order = stages(i, block, names, batches[0])
+        lost = set(names) - {name for stage in order for name in stage}
+        if lost:
+            raise QuantizeError(f"{min(lost)}: no calibration token reached this layer; skip it with a rule")
+        tuning = run.recipe.finetune_blocks.steps
+        with clock("forward"):
+            hidden = _advanced(i, block, batches) if original else None
+            wanted = _advanced(i, block, batches) if tuning and tuned_part(block) not in run.parts else []
+        coded: dict[str, Tensor] = {}
+        for stage in order:
+            missing = [name for name in stage if name not in run.parts]
+            if missing:
+                with clock("moments"):
+                    moments = collect(i, block, stage, batches, weights)
+                with clock("layers"):
+                    _solve_stage(run, block, missing, plan.layers, moments)
+                del moments
+            for name in stage:
+                with clock("decoding"):
+                    tensors = {key: tensor.to(run.device) for key, tensor in run.parts.load(name).items()}
+                    weight = dequantize(tensors, plan.specs[name]).to(block.linears[name].weight.dtype)
+                done += 1
+                run.report.layer(name, plan.specs[name], run.parts.record(name)["error"], done, len(plan.specs))
+                if original:
+                    coded[name] = weight
+                else:
+                    put_weight(block.linears[name], weight)
+        for name, weight in coded.items():
+            put_weight(block.linears[name], weight)
+        if tuning:
+            if wanted:
+                with clock("training"):
+                    run.report.block_tuned(block.name, *finetune_block(run, plan, i, block, batches, wanted))
+            put_tuned(run, plan, block)
+        with clock("forward"):
+            _advance(i, block, batches, hidden)
+    return dict(clock.seconds)
+
+
+@torch.inference_mode()
+def _advanced(i: int, block: Block, batches: list[Batch]) -> list[Tensor]:
+    """What the block gives for each batch, where the batch is kept."""
+    return [batch.run(i, block.module).to(batch.hidden.device) for batch in batches]
+
+
+@torch.inference_mode()
+def _advance(i: int, block: Block, batches: list[Batch], known: list[Tensor] | None) -> None:
+    for j, batch in enumerate(batches):
+        batch.keep(batch.run(i, block.module) if known is None else known[j])
+
+
+def _solve_stage(
+    run: Run, block: Block, names: Sequence[str], layers: Mapping[str, LayerRecipe], moments: dict[str, Tensor]
+) -> None:
+    """Codes layers that have the same input, each on one of the run's devices; every finished one is a part."""
+
+    jobs = [
+        (
+            float(block.linears[name].weight.numel()),
+            partial(_solve, run, block.linears[name], name, layers[name], moments[name]),
+        )
+        for name in names
+    ]
+    share(run.devices, jobs)
+
+
+@torch.inference_mode()
+def _solve(run: Run, linear: nn.Linear, name: str, layer: LayerRecipe, moment: Tensor, device: torch.device) -> None:
+    started = time.perf_counter()
+    weight, dtype = linear.weight.data.to(device), book_dtype(linear.weight.dtype)
+    try:
+        solution = solve(weight, moment.to(device), layer, run.recipe, dtype)
+    except QuantizeError as error:
+        raise QuantizeError(f"{name}: {error}") from error
+    record = {
+        "layer": name,
+        "bits": effective_bits(solution.spec),
+        "error": solution.error,
+        "steps": solution.steps,
+        "seconds": round(time.perf_counter() - started, 3),
+        "step_seconds": {step: round(seconds, 3) for step, seconds in solution.seconds.items()},
+        "peak_mib": peak_memory(device) >> 20,
+    }
+    run.parts.save(name, solution.tensors, record)
+
+
+def book_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """What books and norms are stored in: 16 bits always, or a "2 bit" model would not be one."""
+    return torch.float16 if weight_dtype == torch.float32 else weight_dtype

@@ -1,0 +1,182 @@
+"""Which devices a run uses, how they share work, and how a model on the host has its blocks visit one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from quantize.errors import QuantizeError
+
+T = TypeVar("T")
+Job = tuple[float, Callable[[torch.device], T]]
+"""How much work it is, in any unit, and the work."""
+
+
+def choose_devices(name: str) -> list[torch.device]:
+    """The devices for ``auto``, ``cpu`` or ``cuda``: all visible GPUs, or the CPU; QuantizeError without GPUs."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise QuantizeError("device cuda was asked for and torch finds none")
+    if name == "cpu" or not torch.cuda.is_available():
+        return [torch.device("cpu")]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def be_deterministic() -> None:
+    """Has torch choose what gives the same bits every time; before the first product on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # Filling new memory would only hide that it is read before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def share(devices: Sequence[torch.device], jobs: Sequence[Job[T]]) -> list[T]:
+    """The jobs' results, in order. Each device works on one job at a time; the largest are given away first.
+
+    A job must give the same on every device. The first error is raised once all devices have stopped.
+    """
+    queues: list[list[int]] = [[] for _ in devices]
+    load = [0.0] * len(devices)
+    for i in sorted(range(len(jobs)), key=lambda i: -jobs[i][0]):
+        least = load.index(min(load))
+        queues[least].append(i)
+        load[least] += jobs[i][0]
+    results: dict[int, T] = {}
+
+    def work(device: torch.device, queue: list[int]) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            for i in queue:
+                results[i] = jobs[i][1](device)
+
+    if len(devices) == 1:
+        work(devices[0], queues[0])
+    else:
+        with ThreadPoolExecutor(len(devices)) as pool:
+            for future in [pool.submit(work, *pair) for pair in zip(devices, queues, strict=True)]:
+                future.result()
+    return [results[i] for i in range(len(jobs))]
+
+
+@contextlib.contextmanager
+def resident(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module with its parameters and buffers on a device; afterwards it has again those it had, unchanged.
+
+    What is given to the module meanwhile goes with the visit.
+    """
+    with _visiting(list(module.modules()), device):
+        yield
+
+
+@contextlib.contextmanager
+def _visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
+    moved: dict[int, Any] = {}  # tied ones once
+
+    def there(tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        if id(tensor) not in moved:
+            with torch.inference_mode(False):
+                data = tensor.detach().to(device)
+                kept = isinstance(tensor, nn.Parameter)
+                moved[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if kept else data
+        return moved[id(tensor)]
+
+    for module, parameters, buffers in before:
+        module._parameters.update({name: there(tensor) for name, tensor in parameters.items()})
+        module._buffers.update({name: there(tensor) for name, tensor in buffers.items()})
+    moved.clear()
+    try:
+        yield
+    finally:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
+def fits(model: nn.Module, device: torch.device) -> bool:
+    """Whether a device has room for a whole model, and for as much again to work with it."""
+    if device.type == "cpu":
+        return True
+    return 2 * sum(parameter.nbytes for parameter in model.parameters()) < torch.cuda.mem_get_info(device)[0]
+
+
+@contextlib.contextmanager
+def streamed(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """A model that can be called on a device: whole if it fits, else one block at a time.
+
+    With gradients, blocks come a second time and compute again what the backward pass needs (checkpointing,
+    https://arxiv.org/abs/1604.06174).
+    """
+    if fits(model, device):
+        with resident(model, device):
+            yield
+        return
+    inside = {id(module) for block in blocks for module in block.modules()}
+    with (
+        _visiting([module for module in model.modules() if id(module) not in inside], device),
+        _by_blocks(blocks, device),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _by_blocks(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    def visit(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def once(*args: Any, **kwargs: Any) -> Any:
+            with resident(block, device):
+                return forward(*args, **kwargs)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                return checkpoint(once, *args, use_reentrant=False, **kwargs)
+            return once(*args, **kwargs)
+
+        return called
+
+    for block in blocks:
+        block.forward = visit(block, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+class Clock:
+    """Seconds by step, of work on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[step] += time.perf_counter() - started
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory held so far, bytes: on a GPU its own, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_host_memory()
+
+
+def peak_host_memory() -> int:
+    """The most memory the process held so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

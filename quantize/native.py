@@ -1,0 +1,110 @@
+"""Compiled code for what every vector of every layer goes through: on CPUs ``csrc/cpu/assign.cpp``, on GPUs
+``csrc/quantize/assign.cu``.
+
+The GPU's needs nvcc when it is first used. Where there is none, torch does the same, several times slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from vllm_vptq.build import BuildError, cpu_library, cuda_library
+
+logger = logging.getLogger(__name__)
+
+Argument: TypeAlias = "Tensor | int | None"
+
+
+def available(device: torch.device) -> bool:
+    """Whether there is compiled code for a device."""
+    return device.type == "cpu" or (device.type == "cuda" and _cuda() is not None)
+
+
+def assign(points: Tensor, main: Tensor, residual: Tensor | None, candidates: int) -> tuple[Tensor, Tensor | None]:
+    """Main and residual indices int64 ``[n]`` for points ``[n, v]`` and books ``[k, v]`` and ``[r, v]``, float32."""
+    points = points.contiguous()
+    index = torch.empty(len(points), dtype=torch.int64, device=points.device)
+    second = None if residual is None else torch.empty_like(index)
+    if len(points):
+        books, count = _books(main, residual), _candidates(main, residual, candidates)
+        scratch = _scratch(points, len(points), count, residual)
+        _call("vptq_assign", points, len(points), points.shape[1], *books, count, index, second, *scratch)
+    return index, second
+
+
+def code_block(
+    block: Tensor, matrix: Tensor, main: Tensor, residual: Tensor | None, candidates: int, codes: tuple
+) -> Tensor:
+    """:func:`quantize.columns.code_block_torch`, compiled."""
+    return _block("vptq_code_block", block, matrix, main, residual, candidates, codes)
+
+
+def sweep_block(
+    aim: Tensor, pull: Tensor, main: Tensor, residual: Tensor | None, candidates: int, codes: tuple
+) -> Tensor:
+    """:func:`quantize.columns.sweep_block_torch`, compiled."""
+    return _block("vptq_sweep_block", aim, pull, main, residual, candidates, codes)
+
+
+def _block(
+    function: str, block: Tensor, matrix: Tensor, main: Tensor, residual: Tensor | None, candidates: int, codes: tuple
+) -> Tensor:
+    result = torch.empty_like(block)
+    books, count = _books(main, residual), _candidates(main, residual, candidates)
+    if block.device.type == "cuda":
+        block = block.clone()  # which the GPU's changes as it goes
+    scratch = _scratch(block, block.shape[1], count, residual)
+    _call(function, block, *block.shape, matrix, matrix.stride(0), *books, count, *codes, result, *scratch)
+    return result
+
+
+def _books(main: Tensor, residual: Tensor | None) -> tuple[Argument, ...]:
+    # The tensors must outlive the call: the caller's tuple holds them.
+    second = None if residual is None else residual.contiguous()
+    return main.contiguous(), len(main), second, 0 if second is None else len(second)
+
+
+def _candidates(main: Tensor, residual: Tensor | None, candidates: int) -> int:
+    return 1 if residual is None else min(candidates, len(main))
+
+
+def _scratch(like: Tensor, points: int, candidates: int, residual: Tensor | None) -> tuple[Argument, ...]:
+    """What the GPU's functions take besides: scratch space, the device and its stream."""
+    if like.device.type == "cpu":
+        return ()
+    keys = torch.empty(2 * candidates * points, dtype=torch.int64, device=like.device)
+    left = None if residual is None else like.new_empty(candidates * points * like.shape[-1])
+    processors = torch.cuda.get_device_properties(like.device).multi_processor_count
+    stream = torch.cuda.current_stream(like.device).cuda_stream
+    return keys, left, processors, like.device.index or 0, stream
+
+
+def _call(function: str, *arguments: Argument) -> None:
+    """Calls a function with tensors as pointers and integers as 64-bit registers."""
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    library = cpu_library("assign") if first.device.type == "cpu" else _cuda()
+    values = [
+        ctypes.c_void_p(a.data_ptr() if isinstance(a, Tensor) else None)
+        if a is None or isinstance(a, Tensor)
+        else ctypes.c_int64(a)
+        for a in arguments
+    ]
+    if code := getattr(library, function)(*values):
+        if first.device.type == "cpu" or code < 0:
+            raise ValueError("the vector length must be 2 to 16")
+        raise RuntimeError(f"{function}: CUDA error {code}")
+
+
+@cache
+def _cuda() -> ctypes.CDLL | None:
+    try:
+        return cuda_library("assign")
+    except BuildError as error:
+        logger.warning("quantizing with torch alone, several times slower: %s", error)
+        return None

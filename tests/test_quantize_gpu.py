@@ -1,0 +1,226 @@
+"""The quantizer on a GPU: the same choices as on a CPU, the same bits every time. Skipped without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantize import blocks, devices, native, pipeline
+from quantize.columns import Segment, Slab, code_block_torch, decode, loss, sweep, sweep_block_torch, walk
+from quantize.devices import be_deterministic, resident
+from quantize.kmeans import Books, assign, assign_torch, kmeans, train_books
+from quantize.recipe import BlockTuning, Finetuning, LayerRecipe, Recipe
+from quantize.refine import fit_books, fit_norm
+from quantize.solver import Solution, solve
+from quantize.sums import IndexedSums
+from tests.tiny import COARSE, read, run
+
+pytest_plugins = ("tests.tiny_fixtures",)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+FORMATS = {"v8-k65536": (8, 65536, 0), "v8-k4096": (8, 4096, 0), "v6-k300": (6, 300, 0), "v4-k256-128": (4, 256, 128)}
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> None:
+    be_deterministic()
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def moment(columns: int) -> Tensor:
+    x = random(1000, columns // 4) @ random(columns // 4, columns) + 0.5 * random(1000, columns, seed=1)
+    return x.T @ x / 1000
+
+
+def books(v: int, k: int, r: int, device: torch.device) -> Books:
+    return Books(random(k, v).to(device), random(r, v, seed=1).to(device) / 3 if r else None)
+
+
+def test_the_search_is_compiled() -> None:
+    assert native.available(GPU)
+
+
+@pytest.mark.parametrize("points", [1, 100, 5000])
+@pytest.mark.parametrize("sizes", FORMATS.values(), ids=FORMATS)
+def test_assignment(sizes: tuple[int, int, int], points: int) -> None:
+    vectors = random(points, sizes[0]).to(GPU)
+    made = books(*sizes, GPU)
+    found, again = assign(vectors, made, 4), assign(vectors, made, 4)
+    assert torch.equal(found[0], again[0])
+    expected = assign_torch(vectors, made, 4)
+    error, least = ((vectors - made.decode(*pair)).square().sum(1) for pair in (found, expected))
+    torch.testing.assert_close(error, least, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(8, 4096, 0), (4, 256, 16)])
+def test_blocks_of_columns(sizes: tuple[int, int, int]) -> None:
+    v, k, r = sizes
+    made, columns, rows = books(*sizes, GPU), 128, 70
+    block = random(columns, rows, v).to(GPU)
+    matrix = (random(columns, columns) / 20 + 2 * torch.eye(columns)).triu().to(GPU)
+    start = torch.arange(columns * rows, device=GPU).view(columns, rows)
+    for ours, torchs in ((native.code_block, code_block_torch), (native.sweep_block, sweep_block_torch)):
+        one, two = (((start % k).clone(), (start % r).clone() if r else None) for _ in range(2))
+        found = ours(block, matrix, made.main, made.residual, 4, one)
+        expected = torchs(block, matrix, made, 4, *two)
+        # One vector between two centroids may go either way, and takes those behind it along.
+        close = (found - expected).abs().amax((0, 2)) < 1e-3
+        assert close.float().mean() > 0.9
+        assert (one[0] == two[0]).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_sums(crowded: bool) -> None:
+    index = torch.randint(3 if crowded else 700, (50000,), generator=torch.Generator().manual_seed(0))
+    rows = random(50000, 8)
+    found = IndexedSums(index.to(GPU), 700)(rows.to(GPU))
+    assert torch.equal(found, IndexedSums(index.to(GPU), 700)(rows.to(GPU)))
+    torch.testing.assert_close(found.cpu(), IndexedSums(index, 700)(rows), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("r", [0, 32])
+def test_books(r: int) -> None:
+    points, weights = random(20000, 8), random(20000).abs()
+    trained = []
+    for device in (GPU, GPU, CPU):
+        generator = torch.Generator().manual_seed(0)
+        made = train_books(points.to(device), weights.to(device), 256, r, 6, 4, generator)
+        error = (points.to(device) - made.decode(*assign(points.to(device), made, 4))).square().sum(1)
+        trained.append((made, float((error * weights.to(device)).sum())))
+    assert torch.equal(trained[0][0].main, trained[1][0].main)
+    assert trained[0][1] == pytest.approx(trained[2][1], rel=0.03)
+    assert torch.equal(
+        *(kmeans(points.to(GPU), weights.to(GPU), 64, 5, torch.Generator().manual_seed(1)) for _ in range(2))
+    )
+
+
+@pytest.mark.parametrize("r", [0, 16])
+def test_walk_refinement_and_descent(r: int) -> None:
+    """Each step from the CPU's result of the one before: losses agree, and the GPU repeats itself."""
+    target, second = random(300, 256), moment(300)
+    segments = [Segment(0, 300, books(4, 64, r, CPU))]
+    codes = walk(Slab(target, second), segments, 4)
+
+    def on_gpu(pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        return pair[0].to(GPU), None if pair[1] is None else pair[1].to(GPU)
+
+    slab, there = Slab(target, second), Slab(target.to(GPU), second.to(GPU))
+    there_segments = [Segment(0, 300, books(4, 64, r, GPU))]
+    walked = [walk(there, there_segments, 4) for _ in range(2)]
+    assert torch.equal(walked[0][0][0], walked[1][0][0])
+    before = loss(slab, decode(256, segments, codes))
+    assert loss(there, decode(256, there_segments, walked[0])) == pytest.approx(before, rel=0.02)
+
+    same = [on_gpu(codes[0])]
+    fitted = fit_books([slab], segments, [codes], 8)
+    there_fitted = [fit_books([there], there_segments, [same], 8) for _ in range(2)]
+    assert torch.equal(there_fitted[0][0].books.main, there_fitted[1][0].books.main)
+    after = loss(slab, decode(256, fitted, codes))
+    assert loss(there, decode(256, there_fitted[0], same)) == pytest.approx(after, rel=0.005) and after < before
+
+    coded = decode(256, segments, codes)
+    for one, two in zip(fit_norm([slab], [coded], 8), fit_norm([there], [coded.to(GPU)], 8), strict=True):
+        torch.testing.assert_close(one, two.cpu(), rtol=1e-2, atol=1e-3)
+
+    swept = [sweep(there, there_segments, same, 4) for _ in range(2)]
+    assert torch.equal(swept[0][0][0], swept[1][0][0])
+    lowered = loss(slab, decode(256, segments, sweep(slab, segments, codes, 4)))
+    assert loss(there, decode(256, there_segments, swept[0])) == pytest.approx(lowered, rel=0.02) and lowered < before
+
+
+SPECS = {
+    "v8-k1024": dict(vector_length=8, centroids=1024, residual_centroids=0),
+    "v4-k256-64": dict(vector_length=4, centroids=256, residual_centroids=64),
+    "groups": dict(vector_length=4, centroids=64, residual_centroids=0, groups=2, perm=True),
+    "outliers": dict(vector_length=4, centroids=64, residual_centroids=16, outliers=8),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["joint", "vptq"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_layers(spec: dict, algorithm: str) -> None:
+    weight, second = random(512, 264), moment(264)
+    recipe = Recipe(**spec, algorithm=algorithm, rounds=2 if algorithm == "joint" else 0, iterations=6)
+
+    def solved(device: torch.device) -> Solution:
+        return solve(weight.to(device), second.to(device), LayerRecipe(**spec), recipe, torch.bfloat16)
+
+    one, two, cpu = solved(GPU), solved(GPU), solved(CPU)
+    assert one.tensors.keys() == cpu.tensors.keys()
+    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+    assert one.error == pytest.approx(cpu.error, rel=0.05)
+
+
+def recipe(text_file: Path, **update: object) -> Recipe:
+    return COARSE.model_copy(update={"calibration": (str(text_file),), "device": "cuda"} | update)
+
+
+@pytest.mark.parametrize("update", [{}, {"bits": 4.0}, {"guided": 2}], ids=str)
+def test_runs_repeat_themselves(tied: Path, text_file: Path, tmp_path: Path, update: dict) -> None:
+    for name in ("one", "two"):
+        run(tied, tmp_path / name, recipe(text_file, **update))
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_that_was_stopped_goes_on(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: object) -> None:
+    run(tied, tmp_path / "whole", recipe(text_file))
+    count, original = 0, blocks.solve
+
+    def stop(*arguments: object) -> Solution:
+        nonlocal count
+        count += 1
+        if count == 9:
+            raise KeyboardInterrupt
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(blocks, "solve", stop)  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        run(tied, tmp_path / "cut", recipe(text_file))
+    run(tied, tmp_path / "cut", recipe(text_file))
+    one, two = read(tmp_path / "whole"), read(tmp_path / "cut")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_models_that_do_not_fit_come_block_by_block(
+    tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tied, tmp_path / "whole", recipe(text_file))
+    monkeypatch.setattr(devices, "fits", lambda *_: False)
+    monkeypatch.setattr("quantize.model._ON_DEVICE", 0)  # activations wait on the host, too
+    run(tied, tmp_path / "streamed", recipe(text_file))
+    one, two = read(tmp_path / "whole"), read(tmp_path / "streamed")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    run(tied, tmp_path / "measured", recipe(text_file, bits=4.0))
+
+
+def test_training_runs(tied: Path, text_file: Path, tmp_path: Path) -> None:
+    training = {"finetune": Finetuning(steps=6, tokens=256), "finetune_blocks": BlockTuning(steps=3)}
+    plan = run(tied, tmp_path / "out", recipe(text_file, **training))
+    assert len(plan.specs) == 14 and not (tmp_path / "out" / "parts").exists()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_write_what_one_writes(
+    tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tied, tmp_path / "two", recipe(text_file, bits=4.0))
+    monkeypatch.setattr(pipeline, "choose_devices", lambda _: [GPU])
+    run(tied, tmp_path / "one", recipe(text_file, bits=4.0))
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_visit_takes_memory_and_gives_it_back() -> None:
+    module = torch.nn.Linear(1024, 1024)
+    before = torch.cuda.memory_allocated(GPU)
+    with resident(module, GPU):
+        assert torch.cuda.memory_allocated(GPU) >= before + (4 << 20) and module.weight.is_cuda
+    assert torch.cuda.memory_allocated(GPU) == before and not module.weight.is_cuda
