@@ -147,6 +147,9 @@ class Recipe(LayerRecipe):
     activations: Literal["quantized", "original"] = Field(
         "quantized", description="second moments of what the coded layers before give, or of the original's"
     )
+    correction: float = Field(
+        0.0, ge=0, le=1, description="how far targets make up for the drift of their inputs in the coded layers before"
+    )
     guided: int = Field(
         0, ge=0, description="groups of output rows with second moments weighted by the end loss; 0 for plain ones"
     )
