@@ -25,8 +25,7 @@ from vllm_vptq.format import dequantize, effective_bits
 
 def quantize_blocks(run: Run, plan: Plan, batches: list[Batch], weights: Weights | None) -> None:
     """Codes every linear that has no part yet; ``batches`` go through the coded blocks."""
-    drifts = run.recipe.correction and run.recipe.activations == "quantized"
-    original = Original(batches) if drifts else None
+    original = Original(batches) if run.recipe.drifts else None
     for i, block in enumerate(run.blocks):
         started = time.perf_counter()
         quantize_block(run, plan, i, batches, weights, original)

@@ -183,6 +183,11 @@ class Recipe(LayerRecipe):
                 fields |= {k: v for k in fields if (v := getattr(rule, k)) is not None}
         return None if skip else LayerRecipe(**fields)
 
+    @property
+    def drifts(self) -> bool:
+        """Whether targets are corrected for the drift of their inputs; the original's inputs do not drift."""
+        return self.correction > 0 and self.activations == "quantized"
+
     def is_fixed(self, name: str) -> bool:
         """Whether a rule says what books a module gets, so that ``bits`` does not."""
         sizes = ("vector_length", "centroids", "residual_centroids", "groups", "outliers")
