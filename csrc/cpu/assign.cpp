@@ -114,7 +114,9 @@ int best(const Book& book, const float* score, const float* chunk_min) {
 void exclude(int c, float* score, float* chunk_min) {
   score[c] = kInfinity;
   const float* s = score + c / kChunk * kChunk;
-  chunk_min[c / kChunk] = lowest(lower(lower(load(s), load(s + kLanes)), lower(load(s + 2 * kLanes), load(s + 3 * kLanes))));
+  Floats least = load(s);
+  for (int part = kLanes; part < kChunk; part += kLanes) least = lower(load(s + part), least);
+  chunk_min[c / kChunk] = lowest(least);
 }
 
 // Scratch space of one thread.
