@@ -148,7 +148,7 @@ class Recipe(LayerRecipe):
         "quantized", description="second moments of what the coded layers before give, or of the original's"
     )
     correction: float = Field(
-        0.5, ge=0, le=1, description="how far targets make up for the drift of their inputs in the coded layers before"
+        0.0, ge=0, le=1, description="how far targets make up for the drift of their inputs in the coded layers before"
     )
     guided: int = Field(
         0, ge=0, description="groups of output rows with second moments weighted by the end loss; 0 for plain ones"
@@ -216,15 +216,15 @@ class Recipe(LayerRecipe):
             raise QuantizeError(f"recipe: {where}: {first['msg']}") from error
 
 
-_PAPER = {"perm": True, "algorithm": "vptq", "activations": "original", "correction": 0.0}
-_PAPER |= {"candidates": 1, "iterations": 100, "rounds": 0}
+_PAPER = {"perm": True, "algorithm": "vptq", "activations": "original", "candidates": 1, "iterations": 100, "rounds": 0}
 PRESETS: dict[str, dict[str, Any]] = {
     # Second moments of the quantized prefix, targets that make up for its drift, joint books, one refinement.
-    "fast": {"rounds": 1, "allocation": "uniform"},
+    "fast": {"rounds": 1, "correction": 0.5, "allocation": "uniform"},
     # More of each, bits by measured sensitivity, and a short training end to end.
-    "balanced": {"rounds": 3, "iterations": 20, "tokens": 32768, "finetune": {"steps": 100}},
+    "balanced": {"rounds": 3, "correction": 0.5, "iterations": 20, "tokens": 32768, "finetune": {"steps": 100}},
     "best": {
         "rounds": 6,
+        "correction": 0.5,
         "iterations": 20,
         "candidates": 8,
         "tokens": 131072,
@@ -239,7 +239,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "residual_centroids": 0,
         "largest_book": 256,
         "rounds": 1,
-        "correction": 0.0,
         "tokens": 32768,
         "allocation": "uniform",
     },
