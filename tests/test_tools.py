@@ -25,7 +25,7 @@ from quantize.parts import Parts
 from quantize.plot import draw
 from quantize.push import model_card, upload
 from quantize.recipe import BlockTuning, Finetuning, Recipe
-from quantize.report import REPORT
+from quantize.report import REPORT, Report
 from tests.tiny import COARSE, ROOT, TEXT, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
@@ -145,16 +145,36 @@ def test_bits_are_given_by_measurement(tied: Path, text_file: Path, tmp_path: Pa
 
 
 def test_training_blocks_brings_them_closer(tied: Path, text_file: Path, tmp_path: Path) -> None:
+    """Sixty steps: by ten seeds 7 to 15 percent closer. Twenty gain no more than rounding elsewhere may cost."""
     found = []
     dense, tokenizer = load_any(str(tied), CPU)
-    for steps in (0, 20):
+    for steps in (0, 60):
         recipe = COARSE.model_copy(
             update={"calibration": (str(text_file),), "finetune_blocks": BlockTuning(steps=steps)}
         )
         run(tied, tmp_path / str(steps), recipe)
         coded, _ = load_any(str(tmp_path / str(steps)), CPU)
         found.append(score(coded, tokenizer, TEXT[9000:], 64, 2048, reference=dense).divergence)
-    assert found[1] < 0.98 * found[0]
+    assert found[1] < 0.96 * found[0]
+
+
+def test_blocks_are_written_as_they_were_trained(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The error that the report gives for a trained block is that of the checkpoint: books, norms and biases."""
+    reported: list[tuple[float, float]] = []
+    monkeypatch.setattr(Report, "block_tuned", lambda self, name, *errors: reported.append(errors))
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),), "finetune_blocks": BlockTuning(steps=20)})
+    run(tied, tmp_path / "out", recipe)
+    (dense, tokenizer), (coded, _) = load_any(str(tied), CPU), load_any(str(tmp_path / "out"), CPU)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
+    for block in coded.model.layers:
+        block.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids[0, : recipe.tokens].view(-1, recipe.context)
+    with torch.inference_mode():
+        coded(ids, use_cache=False)
+        for block, (args, kwargs, out), (before, after) in zip(dense.model.layers, calls, reported, strict=True):
+            wanted = block(*args, **kwargs)
+            assert after < 0.92 * before
+            assert float((out - wanted).square().mean() / wanted.square().mean()) == pytest.approx(after, rel=1e-3)
 
 
 def test_the_report_tells_every_layer(fine: Path, tmp_path: Path) -> None:
