@@ -60,6 +60,7 @@ def main() -> None:
     sources = [Path(source).name for source in recipe.get("calibration", ["self"])]
     row = {
         "name": arguments.name or " ".join(o for o in options if not Path(o).is_file() and o != "--calibration"),
+        "method": options[options.index("--preset") + 1] if "--preset" in options else "default",
         "model": Path(arguments.model).name,
         "text": Path(arguments.text).name,
         "context": arguments.context,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantize.devices import Clock, peak_memory, resident, share
+from quantize.drift import Original, corrected, drift
 from quantize.errors import QuantizeError
 from quantize.model import Batch, Block
 from quantize.moments import Weights, collect, stages
@@ -23,22 +25,28 @@ from vllm_vptq.format import dequantize, effective_bits
 
 def quantize_blocks(run: Run, plan: Plan, batches: list[Batch], weights: Weights | None) -> None:
     """Codes every linear that has no part yet; ``batches`` go through the coded blocks."""
+    original = Original(batches) if run.recipe.drifts else None
     for i, block in enumerate(run.blocks):
         started = time.perf_counter()
-        quantize_block(run, plan, i, batches, weights)
+        quantize_block(run, plan, i, batches, weights, original)
         run.report.block(block.name, time.perf_counter() - started)
 
 
-def quantize_block(run: Run, plan: Plan, i: int, batches: list[Batch], weights: Weights | None) -> dict[str, float]:
+def quantize_block(
+    run: Run, plan: Plan, i: int, batches: list[Batch], weights: Weights | None, reference: Original | None = None
+) -> dict[str, float]:
     """Codes block i's linears that have no part yet, and takes the batches through the coded block.
 
+    The ``reference``, which goes through the block as it was, is needed where the recipe corrects for drift.
     Gives the seconds by step, those of :class:`quantize.solver.Solution` aside.
     """
     block, clock = run.blocks[i], Clock(run.device)
     names = [name for name in block.linears if name in plan.layers]
     done = sum(name in plan.layers for before in run.blocks[:i] for name in before.linears)
     original = run.recipe.activations == "original"
-    with resident(block.module, run.device):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(resident(block.module, run.device))
+        twin = stack.enter_context(reference.beside(i, block)) if reference is not None else None
         with clock("forward"):
             order = stages(i, block, names, batches[0])
         lost = set(names) - {name for stage in order for name in stage}
@@ -53,10 +61,18 @@ def quantize_block(run: Run, plan: Plan, i: int, batches: list[Batch], weights: 
             missing = [name for name in stage if name not in run.parts]
             if missing:
                 with clock("moments"):
-                    moments = collect(i, block, stage, batches, weights)
+                    targets = {name: block.linears[name].weight.data for name in missing}
+                    moments = None
+                    if reference is not None and twin is not None:
+                        cross, moment = drift(i, block, twin, stage[0], batches, reference)
+                        part = run.recipe.correction
+                        targets = {name: corrected(w, cross, moment, part) for name, w in targets.items()}
+                        moments = dict.fromkeys(stage, moment)
+                    if moments is None or weights is not None:
+                        moments = collect(i, block, stage, batches, weights)
                 with clock("layers"):
-                    _solve_stage(run, block, missing, plan.layers, moments)
-                del moments
+                    _solve_stage(run, targets, block, plan.layers, moments)
+                del moments, targets
             for name in stage:
                 with clock("decoding"):
                     tensors = {key: tensor.to(run.device) for key, tensor in run.parts.load(name).items()}
@@ -92,26 +108,39 @@ def _advance(i: int, block: Block, batches: list[Batch], known: list[Tensor] | N
 
 
 def _solve_stage(
-    run: Run, block: Block, names: Sequence[str], layers: Mapping[str, LayerRecipe], moments: dict[str, Tensor]
+    run: Run,
+    targets: Mapping[str, Tensor],
+    block: Block,
+    layers: Mapping[str, LayerRecipe],
+    moments: Mapping[str, Tensor],
 ) -> None:
     """Codes layers that have the same input, each on one of the run's devices; every finished one is a part."""
 
     jobs = [
         (
-            float(block.linears[name].weight.numel()),
-            partial(_solve, run, block.linears[name], name, layers[name], moments[name]),
+            float(target.numel()),
+            partial(
+                _solve, run, target, name, layers[name], moments[name], book_dtype(block.linears[name].weight.dtype)
+            ),
         )
-        for name in names
+        for name, target in targets.items()
     ]
     share(run.devices, jobs)
 
 
 @torch.inference_mode()
-def _solve(run: Run, linear: nn.Linear, name: str, layer: LayerRecipe, moment: Tensor, device: torch.device) -> None:
+def _solve(
+    run: Run,
+    target: Tensor,
+    name: str,
+    layer: LayerRecipe,
+    moment: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
     started = time.perf_counter()
-    weight, dtype = linear.weight.data.to(device), book_dtype(linear.weight.dtype)
     try:
-        solution = solve(weight, moment.to(device), layer, run.recipe, dtype)
+        solution = solve(target.to(device), moment.to(device), layer, run.recipe, dtype)
     except QuantizeError as error:
         raise QuantizeError(f"{name}: {error}") from error
     record = {

@@ -35,7 +35,8 @@ def choose_devices(name: str) -> list[torch.device]:
 def be_deterministic() -> None:
     """Has torch choose what gives the same bits every time; before the first product on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if torch.cuda.is_available():  # a CPU's are already, and the call takes seconds: it imports torch's compiler
+        torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     # Filling new memory would only hide that it is read before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -19,7 +19,7 @@ from quantize.recipe import Recipe
 from vllm_vptq.format import LayerSpec, effective_bits
 
 _STAGES = 4
-"""Forward passes a block takes for its moments, about: q with k and v, o, gate with up, down; and one to go on."""
+"""Inputs of a block's linears, about: q with k and v, o, gate with up, down; each takes half a forward pass."""
 
 
 def planned(model: nn.Module, recipe: Recipe) -> Plan:
@@ -58,7 +58,7 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     searched = sum(_searched(spec, recipe) for spec in plan.specs.values())
     multiplied = sum(_multiplied(spec, recipe) for spec in plan.specs.values())
     parameters = sum(p.numel() for p in model.parameters())
-    multiplied += 2 * recipe.tokens * plan.weights * (_STAGES + 1)
+    multiplied += 2 * recipe.tokens * plan.weights * (_STAGES / 2 + 1) * _prefixes(recipe)
     multiplied += 8 * recipe.finetune.steps * recipe.finetune.tokens * parameters
     seconds = searched / _search_rate(device) + multiplied / _product_rate(device)
     columns = max(spec.shape[1] for spec in plan.specs.values())
@@ -81,7 +81,12 @@ def _searched(spec: LayerSpec, recipe: Recipe) -> float:
 def _multiplied(spec: LayerSpec, recipe: Recipe) -> float:
     out, columns = spec.shape
     passes = 2 + recipe.rounds * (2 + recipe.fit_steps * (2 if spec.enable_norm else 1))
-    return 2.0 * out * columns**2 * passes + 2.0 * columns**3 + 2.0 * recipe.tokens * columns**2
+    return 2.0 * out * columns**2 * passes + 2.0 * columns**3 + 2.0 * recipe.tokens * columns**2 * _prefixes(recipe)
+
+
+def _prefixes(recipe: Recipe) -> int:
+    """Activations on their way: of the coded prefix, and of the original beside it where targets are corrected."""
+    return 2 if recipe.drifts else 1
 
 
 def _search_rate(device: torch.device) -> float:

@@ -88,7 +88,7 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     return found
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once everything of interest was seen."""
 
 
@@ -136,13 +136,13 @@ def first_inputs(model: nn.Module, blocks: list[Block], batches: list[Tensor]) -
         hidden = args[0] if args else kwargs["hidden_states"]
         large = hidden.device.type == "cuda" and hidden.nbytes * len(batches) > _ON_DEVICE
         inputs.append(torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden) if large else hidden)
-        raise _Stop
+        raise Stop
 
     with streamed(model, [block.module for block in blocks], batches[0].device):
         arguments = {ids.shape: _arguments(model, blocks, ids) for ids in {ids.shape: ids for ids in batches}.values()}
         hook = blocks[0].module.register_forward_pre_hook(stop, with_kwargs=True)
         for ids in batches:
-            with contextlib.suppress(_Stop):
+            with contextlib.suppress(Stop):
                 _decoder(model)(ids, use_cache=False)
         hook.remove()
     return [Batch(hidden, arguments[ids.shape]) for hidden, ids in zip(inputs, batches, strict=True)]

@@ -6,6 +6,7 @@ runs, each on what the coded layers before it give.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from quantize.devices import streamed
 from quantize.errors import QuantizeError
 from quantize.hessian import SecondMoment
-from quantize.model import Batch, Block
+from quantize.model import Batch, Block, Stop
 
 Weights = Mapping[str, Tensor]
 """For every linear, a weight for every token and group of output rows: float32 ``[tokens, G]``."""
@@ -65,16 +66,18 @@ def collect(
         here = slice(plain.tokens, plain.tokens + len(x))
         if not guided:
             plain.add(x)
-            return
+            raise Stop
         plain.tokens = here.stop
         for name, groups in guided.items():
             assert weights is not None
             for g, moment in enumerate(groups):
                 moment.add(x, weights[name][here, g].to(device))
+        raise Stop  # what follows in the block is nobody's business
 
     hook = first.register_forward_pre_hook(record)
     for batch in batches:
-        batch.run(i, block.module)
+        with contextlib.suppress(Stop):
+            batch.run(i, block.module)
     hook.remove()
     try:
         if guided:

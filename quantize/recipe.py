@@ -147,6 +147,9 @@ class Recipe(LayerRecipe):
     activations: Literal["quantized", "original"] = Field(
         "quantized", description="second moments of what the coded layers before give, or of the original's"
     )
+    correction: float = Field(
+        0.0, ge=0, le=1, description="how far targets make up for the drift of their inputs in the coded layers before"
+    )
     guided: int = Field(
         0, ge=0, description="groups of output rows with second moments weighted by the end loss; 0 for plain ones"
     )
@@ -180,6 +183,11 @@ class Recipe(LayerRecipe):
                 fields |= {k: v for k in fields if (v := getattr(rule, k)) is not None}
         return None if skip else LayerRecipe(**fields)
 
+    @property
+    def drifts(self) -> bool:
+        """Whether targets are corrected for the drift of their inputs; the original's inputs do not drift."""
+        return self.correction > 0 and self.activations == "quantized"
+
     def is_fixed(self, name: str) -> bool:
         """Whether a rule says what books a module gets, so that ``bits`` does not."""
         sizes = ("vector_length", "centroids", "residual_centroids", "groups", "outliers")
@@ -210,12 +218,13 @@ class Recipe(LayerRecipe):
 
 _PAPER = {"perm": True, "algorithm": "vptq", "activations": "original", "candidates": 1, "iterations": 100, "rounds": 0}
 PRESETS: dict[str, dict[str, Any]] = {
-    # Second moments of the quantized prefix, joint books, one refinement.
-    "fast": {"rounds": 1, "allocation": "uniform"},
+    # Second moments of the quantized prefix, targets that make up for its drift, joint books, one refinement.
+    "fast": {"rounds": 1, "correction": 0.5, "allocation": "uniform"},
     # More of each, bits by measured sensitivity, and a short training end to end.
-    "balanced": {"rounds": 3, "iterations": 20, "tokens": 32768, "finetune": {"steps": 100}},
+    "balanced": {"rounds": 3, "correction": 0.5, "iterations": 20, "tokens": 32768, "finetune": {"steps": 100}},
     "best": {
         "rounds": 6,
+        "correction": 0.5,
         "iterations": 20,
         "candidates": 8,
         "tokens": 131072,

@@ -83,6 +83,7 @@ EVERYTHING = {
     "residual_books": False,
     "allocation": "uniform",
     "activations": "original",
+    "correction": 0.25,
     "guided": 4,
     "algorithm": "vptq",
     "rounds": 0,

@@ -1,19 +1,22 @@
 // Nearest centroids of short vectors, main and residual index chosen together (quantize/kmeans.py), alone and inside
 // the column walk and coordinate descent (quantize/columns.py).
 //
-// One point at a time against a transposed book [v][k], so that the compiler vectorises over centroids; the scores of
-// a point stay in the first-level cache. Minima are kept for every chunk of 64 centroids, so that the best few are
-// found without sorting. Points are independent: the result does not depend on the number of threads.
+// One point at a time against a transposed book [v][k], 16 centroids in a vector whatever the processor's registers
+// hold. Where only the nearest is wanted, every lane keeps its own and no score is stored; where the best few are, the
+// scores stay in the first-level cache with a minimum for every chunk of 64, so that they are found without sorting.
+// Points are independent: the result does not depend on the number of threads.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
 
 namespace {
 
-constexpr int kChunk = 64;
+constexpr int kLanes = 16;
+constexpr int kChunk = 4 * kLanes;
 constexpr float kInfinity = std::numeric_limits<float>::max();
 
 // A book, transposed, padded to whole chunks, with half the squared norm of every centroid.
@@ -35,44 +38,92 @@ struct Book {
   }
 };
 
-// score[c] = |centroid|^2 / 2 - x . centroid: half the squared distance, less what does not depend on c.
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+constexpr Ints kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline Floats load(const float* from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+
+template <typename T>
+inline T lower(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <typename T>
+inline auto lowest(T values) {
+  std::remove_reference_t<decltype(values[0])> lane[kLanes];  // an array, because compilers reduce those by halves
+  std::memcpy(lane, &values, sizeof(values));
+  auto least = lane[0];
+  for (int i = 1; i < kLanes; ++i) least = lower(lane[i], least);
+  return least;
+}
+
+// |centroid|^2 / 2 - x . centroid for 16 centroids: half the squared distance, less what does not depend on them.
 template <int V>
-void score_all(const Book& book, const float* x, float* __restrict score, float* __restrict chunk_min) {
+inline Floats score(const Book& book, const float* x, int base) {
+  Floats s = load(book.half_norm.data() + base);
+  for (int d = 0; d < V; ++d) s -= x[d] * load(book.columns.data() + static_cast<size_t>(d) * book.padded + base);
+  return s;
+}
+
+// The nearest centroid, the first of several as near, and its score.
+template <int V>
+int nearest(const Book& book, const float* x, float& best_score) {
+  Floats best = score<V>(book, x, 0);
+  Ints base_of_best = {};
+  for (int base = kLanes; base < book.padded; base += kLanes) {
+    const Floats s = score<V>(book, x, base);
+    const Ints better = s < best;
+    best = better ? s : best;
+    base_of_best = better ? Ints{} + base : base_of_best;
+  }
+  best_score = lowest(best);
+  const Ints none = Ints{} + (book.count - 1);  // where points are NaN, which equals nothing
+  const Ints candidate = best == (Floats{} + best_score) ? base_of_best + kLane : none;
+  return lowest(candidate);
+}
+
+template <int V>
+void score_all(const Book& book, const float* x, float* __restrict scores, float* __restrict chunk_min) {
   for (int base = 0; base < book.padded; base += kChunk) {
-    float* __restrict s = score + base;
-    std::copy_n(book.half_norm.data() + base, kChunk, s);
-    for (int d = 0; d < V; ++d) {
-      const float* column = book.columns.data() + static_cast<size_t>(d) * book.padded + base;
-      for (int c = 0; c < kChunk; ++c) s[c] -= x[d] * column[c];
+    Floats least = {};
+    for (int part = 0; part < kChunk; part += kLanes) {
+      const Floats s = score<V>(book, x, base + part);
+      std::memcpy(scores + base + part, &s, sizeof(s));
+      least = part ? lower(s, least) : s;
     }
-    float lowest = s[0];
-    for (int c = 1; c < kChunk; ++c) lowest = s[c] < lowest ? s[c] : lowest;
-    chunk_min[base / kChunk] = lowest;
+    chunk_min[base / kChunk] = lowest(least);
   }
 }
 
 int best(const Book& book, const float* score, const float* chunk_min) {
   const int chunks = book.padded / kChunk;
   const int chunk = static_cast<int>(std::min_element(chunk_min, chunk_min + chunks) - chunk_min);
-  const float* s = score + chunk * kChunk;
-  int c = 0;
-  while (c < kChunk - 1 && s[c] != chunk_min[chunk]) ++c;
-  return std::min(chunk * kChunk + c, book.count - 1);  // bounds for points that are NaN, which equals nothing
+  const Ints none = Ints{} + (book.count - 1);
+  Ints found = none;
+  for (int base = chunk * kChunk; base < (chunk + 1) * kChunk; base += kLanes)
+    found = lower(found, load(score + base) == (Floats{} + chunk_min[chunk]) ? kLane + base : none);
+  return lowest(found);
 }
 
 void exclude(int c, float* score, float* chunk_min) {
   score[c] = kInfinity;
   const float* s = score + c / kChunk * kChunk;
-  chunk_min[c / kChunk] = *std::min_element(s, s + kChunk);
+  Floats least = load(s);
+  for (int part = kLanes; part < kChunk; part += kLanes) least = lower(load(s + part), least);
+  chunk_min[c / kChunk] = lowest(least);
 }
 
 // Scratch space of one thread.
 struct Scratch {
-  std::vector<float> score, chunk_min, second, second_min;
+  std::vector<float> score, chunk_min;
 
-  Scratch(const Book& main, const Book& residual)
-      : score(main.padded), chunk_min(main.padded / kChunk), second(residual.padded),
-        second_min(residual.padded / kChunk) {}
+  explicit Scratch(const Book& main) : score(main.padded), chunk_min(main.padded / kChunk) {}
 };
 
 // The books as the search reads them, and as given.
@@ -91,21 +142,21 @@ struct Choice {
 
 template <int V>
 Choice choose(const Books& books, const float* x, int candidates, Scratch& s) {
+  float error;
+  if (!books.residual) return {nearest<V>(books.main_book, x, error), -1};
   score_all<V>(books.main_book, x, s.score.data(), s.chunk_min.data());
   Choice chosen{best(books.main_book, s.score.data(), s.chunk_min.data()), -1};
-  if (!books.residual) return chosen;
-  float lowest = kInfinity;
+  float least = kInfinity;
   for (int t = 0, c = chosen.main;; c = best(books.main_book, s.score.data(), s.chunk_min.data())) {
     float left[V], norm = 0;
     for (int d = 0; d < V; ++d) {
       left[d] = x[d] - books.main[c * V + d];
       norm += left[d] * left[d];
     }
-    score_all<V>(books.residual_book, left, s.second.data(), s.second_min.data());
-    const int e = best(books.residual_book, s.second.data(), s.second_min.data());
-    const float error = norm / 2 + s.second[e];
-    if (t == 0 || error < lowest) {
-      lowest = error;
+    const int e = nearest<V>(books.residual_book, left, error);
+    error += norm / 2;
+    if (t == 0 || error < least) {
+      least = error;
       chosen = {c, e};
     }
     if (++t == candidates) return chosen;
@@ -117,7 +168,7 @@ template <int V>
 void assign(const float* points, int64_t n, const Books& books, int candidates, int64_t* index, int64_t* residual) {
 #pragma omp parallel if (n >= 1024)
   {
-    Scratch scratch(books.main_book, books.residual_book);
+    Scratch scratch(books.main_book);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; ++i) {
       const Choice chosen = choose<V>(books, points + i * V, candidates, scratch);
@@ -135,19 +186,36 @@ void decode(const Books& books, Choice choice, float* out) {
   }
 }
 
+// A vector row of a block [columns][rows][V], as [V][columns].
+template <int V>
+void take_row(const float* block, int columns, int64_t rows, int64_t r, float* row) {
+  for (int j = 0; j < columns; ++j)
+    for (int d = 0; d < V; ++d) row[d * columns + j] = block[(j * rows + r) * V + d];
+}
+
+// Takes step[d] times share[i] off every column i from first on.
+template <int V>
+void push(float* __restrict row, int columns, int first, const float* __restrict share, const float* step) {
+  for (int d = 0; d < V; ++d) {
+    float* __restrict dimension = row + d * columns;
+    for (int i = first; i < columns; ++i) dimension[i] -= share[i] * step[d];
+  }
+}
+
 // Vector rows are independent of each other: a thread takes a row through all columns of the block.
 template <int V>
 void code_block(const float* left, int columns, int64_t rows, const float* factor, int64_t factor_stride, const Books& books,
                 int candidates, int64_t* index, int64_t* residual, float* errors) {
 #pragma omp parallel
   {
-    Scratch scratch(books.main_book, books.residual_book);
+    Scratch scratch(books.main_book);
     std::vector<float> row(static_cast<size_t>(columns) * V);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
-      for (int j = 0; j < columns; ++j) std::copy_n(left + (j * rows + r) * V, V, row.data() + j * V);
+      take_row<V>(left, columns, rows, r, row.data());
       for (int j = 0; j < columns; ++j) {
-        const float* x = row.data() + j * V;
+        float x[V];
+        for (int d = 0; d < V; ++d) x[d] = row[d * columns + j];
         const Choice chosen = choose<V>(books, x, candidates, scratch);
         index[j * rows + r] = chosen.main;
         if (residual) residual[j * rows + r] = chosen.residual;
@@ -158,8 +226,7 @@ void code_block(const float* left, int columns, int64_t rows, const float* facto
           error[d] = (x[d] - coded[d]) / u[j];
           errors[(j * rows + r) * V + d] = error[d];
         }
-        for (int i = j + 1; i < columns; ++i)
-          for (int d = 0; d < V; ++d) row[i * V + d] -= u[i] * error[d];
+        push<V>(row.data(), columns, j + 1, u, error);
       }
     }
   }
@@ -172,13 +239,14 @@ void sweep_block(const float* aim, int columns, int64_t rows, const float* pull,
                  int candidates, int64_t* index, int64_t* residual, float* moves) {
 #pragma omp parallel
   {
-    Scratch scratch(books.main_book, books.residual_book);
+    Scratch scratch(books.main_book);
     std::vector<float> row(static_cast<size_t>(columns) * V);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
-      for (int j = 0; j < columns; ++j) std::copy_n(aim + (j * rows + r) * V, V, row.data() + j * V);
+      take_row<V>(aim, columns, rows, r, row.data());
       for (int j = 0; j < columns; ++j) {
-        const float* x = row.data() + j * V;
+        float x[V];
+        for (int d = 0; d < V; ++d) x[d] = row[d * columns + j];
         float* move = moves + (j * rows + r) * V;
         const int64_t at = j * rows + r;
         const Choice old{static_cast<int>(index[at]), residual ? static_cast<int>(residual[at]) : -1};
@@ -194,8 +262,7 @@ void sweep_block(const float* aim, int columns, int64_t rows, const float* pull,
         index[at] = chosen.main;
         if (residual) residual[at] = chosen.residual;
         const float* p = pull + j * pull_stride;
-        for (int i = j + 1; i < columns; ++i)
-          for (int d = 0; d < V; ++d) row[i * V + d] -= p[i] * move[d];
+        push<V>(row.data(), columns, j + 1, p, move);
       }
     }
   }

@@ -194,15 +194,16 @@ def prefix_caching() -> Case:
 
 
 def speculation() -> Case:
+    # In float16: a step with a draft has more tokens, so other kernels serve it, and bfloat16 parts at near-ties.
     steps = (REPEAT, ("counters", {}))
     draft = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     jobs = {
-        "draft": Job(BASE, options={"speculative_config": draft, "disable_log_stats": False}, steps=steps),
-        "plain": Job(BASE),
+        "draft": Job(FAR, options={"speculative_config": draft, "disable_log_stats": False}, steps=steps),
+        "plain": Job(FAR),
     }
 
     def check(outcomes: Outcomes) -> str:
-        found = compare(answers(outcomes["draft"]), usual(outcomes["plain"], REPEAT), BOUNDS[BASE.dtype])
+        found = compare(answers(outcomes["draft"]), usual(outcomes["plain"], REPEAT), BOUNDS[FAR.dtype])
         counters = answers(outcomes["draft"], 1)
         assert counters.get("accepted", 0) > 0, f"no token was accepted: {counters}"
         return f"{found}; {counters['accepted']:.0f} of {counters['drafted']:.0f} drafts accepted"

@@ -1,0 +1,48 @@
+"""Perplexity over effective bits, a line for every method, from results of quality.py and scalar.py.
+
+    python benchmarks/plot_quality.py benchmarks/results/quality-DATE-MODEL.json docs/quality.svg
+
+Of several rows of one method at one number of bits the last is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+NAMES = {"rtn": "round to nearest", "gptq": "GPTQ (llm-compressor)"}
+
+
+def main() -> None:
+    """Draws the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--most", type=float, default=16.0, help="perplexity times the original's at the top edge")
+    arguments = parser.parse_args()
+    matplotlib.rcParams["svg.hashsalt"] = "vptq"  # or every drawing would differ in its ids
+    rows = [row for row in json.loads(arguments.results.read_text())["rows"] if "method" in row]
+    lines: dict[str, dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        lines[row["method"]][row["effective_bits"]] = row["perplexity"]
+    original = rows[0]["original_perplexity"]
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for method, points in lines.items():
+        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=4, label=NAMES.get(method, method))
+    axes.axhline(original, color="black", linewidth=0.8, linestyle=":", label=f"original ({original:.2f})")
+    axes.set(yscale="log", ylim=(original * 0.97, original * arguments.most))
+    axes.set(xlabel="effective bits a weight: indices, books, scales, zeros", ylabel="perplexity")
+    axes.set_title(f"{rows[0]['model']}, {rows[0]['tokens']:,} tokens in windows of {rows[0]['context']}", fontsize=10)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(arguments.out, metadata={"Date": None}, format="svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Targets that make up for the drift of their inputs in the coded layers before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quantize.drift import Original, corrected, drift
+from quantize.evaluate import load_any, score
+from quantize.model import decoder_blocks, first_inputs
+from tests.tiny import COARSE, TEXT, read, run
+
+pytest_plugins = ("tests.tiny_fixtures",)
+
+
+def drifted() -> tuple[Tensor, Tensor, Tensor]:
+    """A weight, its inputs, and those inputs scaled and disturbed."""
+    gen = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(8, 12, generator=gen), torch.randn(4000, 12, generator=gen)
+    return weight, x, 0.8 * x + 0.3 * torch.randn(4000, 12, generator=gen)
+
+
+def test_the_whole_correction_is_the_best_weight_for_drifted_inputs() -> None:
+    weight, x, y = drifted()
+    cross, moment = (x - y).T @ y / len(x), y.T @ y / len(x)
+    best = torch.linalg.lstsq(y, x @ weight.T).solution.T
+    torch.testing.assert_close(corrected(weight, cross, moment, 1.0), best, rtol=0.02, atol=0.02)
+    half = corrected(weight, cross, moment, 0.5)
+    torch.testing.assert_close(half, (weight + corrected(weight, cross, moment, 1.0)) / 2)
+
+
+def test_inputs_that_were_never_seen_leave_the_weight_alone() -> None:
+    weight, x, y = drifted()
+    x[:, 3] = y[:, 3] = 0
+    found = corrected(weight, (x - y).T @ y / len(x), y.T @ y / len(x), 1.0)
+    assert bool(torch.isfinite(found).all()) and torch.equal(found[:, 3], weight[:, 3])
+
+
+def test_drift_is_what_lies_between_the_two_prefixes(tied: Path) -> None:
+    model: nn.Module = load_any(str(tied), torch.device("cpu"))[0]
+    blocks = decoder_blocks(model)
+    ids = [torch.randint(2, 200, (2, 24), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    batches = first_inputs(model, blocks, ids)
+    reference = Original(batches)
+    before = blocks[0].module.mlp.act_fn, [batch.hidden.clone() for batch in batches]
+    linear = "model.layers.0.self_attn.o_proj"
+
+    def inputs() -> Tensor:
+        seen: list[Tensor] = []
+        hook = blocks[0].linears[linear].register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            for batch in batches:
+                batch.run(0, blocks[0].module)
+        hook.remove()
+        return torch.cat(seen)
+
+    with reference.beside(0, blocks[0]) as twin:
+        cross, _ = drift(0, blocks[0], twin, linear, batches, reference)
+        assert not cross.any()
+        x = inputs()
+        value = blocks[0].linears["model.layers.0.self_attn.v_proj"]
+        value.weight = nn.Parameter(value.weight.detach() * 1.5 + 0.01)
+        y = inputs()
+        cross, moment = drift(0, blocks[0], twin, linear, batches, reference)
+    torch.testing.assert_close(cross, (x - y).T @ y / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moment, y.T @ y / len(x), rtol=1e-4, atol=1e-5)
+    assert before[0] is blocks[0].module.mlp.act_fn
+    # The reference went through the block as it was, the batches have not moved.
+    assert all(torch.equal(batch.hidden, old) for batch, old in zip(batches, before[1], strict=True))
+    assert not any(torch.equal(b.hidden, o) for b, o in zip(reference.batches, before[1], strict=True))
+
+
+def test_a_corrected_run_is_closer_to_the_original(tied: Path, text_file: Path, tmp_path: Path) -> None:
+    base = COARSE.model_copy(update={"calibration": (str(text_file),), "tokens": 4096})
+    original, tokenizer = load_any(str(tied), torch.device("cpu"))
+    divergences = []
+    for name, share in (("plain", 0.0), ("corrected", 0.5), ("again", 0.5)):
+        run(tied, tmp_path / name, base.model_copy(update={"correction": share}))
+        model, _ = load_any(str(tmp_path / name), torch.device("cpu"))
+        divergences.append(score(model, tokenizer, TEXT, 64, 4096, reference=original).divergence)
+    assert divergences[1] < divergences[0]
+    first, second = read(tmp_path / "corrected"), read(tmp_path / "again")
+    assert all(torch.equal(first[key], second[key]) for key in first)
