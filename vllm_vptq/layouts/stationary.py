@@ -210,15 +210,12 @@ def _few(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Varia
     """The variant of calls of up to ``tokens``, 8 or 16, by csrc/cuda/multiply.cu."""
     made = Variant(tokens)
     units: list[Unit] = []
-    for module in modules:
-        first = len(made.parts)
-        jobs = [(p, p.job(module.place, at)) for packed, at in module.segments for p in packed.few]
-        record = module.record(first, len(jobs))
-        jobs, dots = _prepared(made, record, module, jobs)
+    for jobs, dots in _jobs(
+        made, modules, [[(p, at) for packed, at in m.segments for p in packed.few] for m in modules]
+    ):
         for pass_, job in jobs:
             units += _units(pass_, job, made, processors)
         units += dots
-        made.modules.append(record)
     made.jobs = work.cut(units, processors)
     return made
 
@@ -226,27 +223,30 @@ def _few(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Varia
 def _wide(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Variant:
     """The variant of calls of up to ``tokens`` by csrc/cuda/wide.cuh."""
     made = Variant(tokens)
-    passes, first = [], 0
-    units: list[Unit] = []
-    for module in modules:
-        jobs = [(p, p.job(module.place, at)) for packed, at in module.segments for p in packed.wide]
-        record = module.record(first, len(jobs))
-        jobs, dots = _prepared(made, record, module, jobs)
-        first += len(jobs)
-        units += dots
-        made.modules.append(record)
-        passes.append(jobs)
-    wide.cut(made, passes, units, processors)
+    own = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.wide] for m in modules])
+    wide.cut(made, [jobs for jobs, _ in own], [unit for _, dots in own for unit in dots], processors)
     return made
 
 
-def _prepared(
-    made: Variant, record: Module, module: _ModuleParts, jobs: list[tuple[Pass, Job]]
-) -> tuple[list[tuple[Pass, Job]], list[Unit]]:
-    """A module's jobs, and those of its dot product, unless a kernel before prepares that and activations."""
-    if made.max_tokens > SCALED_TOKENS:
-        return _prepare(made, record, module, jobs), []
-    return jobs, module.dot_units(record, made)
+def _jobs(
+    made: Variant, modules: Sequence[_ModuleParts], passes: Sequence[Sequence[tuple[Pass, int]]]
+) -> list[tuple[list[tuple[Pass, Job]], list[Unit]]]:
+    """Jobs over all of each module's passes, given with their column lists, and units of its dot product; adds records.
+
+    There are no such units where a kernel before prepares activations and dot products. A pass has one part.
+    """
+    found, first = [], 0
+    for module, own in zip(modules, passes, strict=True):
+        jobs, dots = [(pass_, pass_.job(module.place, at)) for pass_, at in own], []
+        record = module.record(first, len(jobs))
+        if made.max_tokens > SCALED_TOKENS:
+            jobs = _prepare(made, record, module, jobs)
+        else:
+            dots = module.dot_units(record, made)
+        first += len(jobs)
+        made.modules.append(record)
+        found.append((jobs, dots))
+    return found
 
 
 def _prepare(
