@@ -77,6 +77,22 @@ class ListReader {
     for (int i = 0; i < kRing; i++) fetch(i);
   }
 
+  // Calls multiply(i) for every block, whose place in the ring that is, and store(row) after the last of a list.
+  template <typename Multiply, typename Store>
+  __device__ __forceinline__ void walk(const Job& job, const Multiply& multiply, const Store& store) {
+    for (int left = (job.row_end - job.row_begin - int(threadIdx.x / 32) + kWarps - 1) / kWarps; left > 0;) {
+#pragma unroll
+      for (int i = 0; i < kRing; i++) {
+        multiply(i);
+        const int done = ends[i];
+        fetch(i);
+        if (done < 0) continue;
+        store(done);
+        if (--left == 0) return;
+      }
+    }
+  }
+
   // Block i of the ring, once that is used up.
   __device__ __forceinline__ void fetch(int i) {
     const unsigned* from = entries_ + size_t(at_) * 32;

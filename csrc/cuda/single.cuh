@@ -97,17 +97,7 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
 #pragma unroll
     for (int e = 0; e < 8; e++) sums[e] = 0.f;
   };
-  for (int left = (job.row_end - job.row_begin - int(threadIdx.x / 32) + kWarps - 1) / kWarps; left > 0;) {
-#pragma unroll
-    for (int i = 0; i < kRing; i++) {
-      multiply_block(i);
-      const int done = reader.ends[i];
-      reader.fetch(i);
-      if (done < 0) continue;
-      store_row(done);
-      if (--left == 0) return;
-    }
-  }
+  reader.walk(job, multiply_block, store_row);
 }
 
 }  // namespace vptq

@@ -17,7 +17,7 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
   constexpr int kRing = 2, kAhead = 10;  // blocks on their way to a warp, and groups of 32 entries in each at most
   constexpr int kBatch = 2;              // groups looked up together
   constexpr int kChains = Octets == 1 ? kBatch : 1;  // of dependent products
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   uint4* tile = shared + kSliceRows;
   if (threadIdx.x == 0) copy.begin(shared, static_cast<const uint4*>(layer.books) + job.book, job);
 
@@ -128,17 +128,7 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
       if (kept) *reinterpret_cast<float2*>(workspace + token * stride + output) = sum;
     }
   };
-  for (int left = (job.row_end - job.row_begin - warp + kWarps - 1) / kWarps; left > 0;) {
-#pragma unroll
-    for (int i = 0; i < kRing; i++) {
-      multiply_block(i);
-      const int done = reader.ends[i];
-      reader.fetch(i);
-      if (done < 0) continue;
-      store_row(done);
-      if (--left == 0) return;
-    }
-  }
+  reader.walk(job, multiply_block, store_row);
 }
 
 }  // namespace vptq
