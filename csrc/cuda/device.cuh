@@ -105,18 +105,19 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// A copy of `bytes` (a multiple of 16) by the copy engine, begun by one thread; `barrier` has been initialised for one
-// arrival, and its phase ends when the bytes are there.
-__device__ __forceinline__ void begin_bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+// Copies of `bytes` (a multiple of 16) by the copy engine, begun by one thread; `barrier` has been initialised for one
+// arrival, and its phase ends when the bytes that were announced are there.
+__device__ __forceinline__ void announce_bulk_copy(uint32_t barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-  constexpr uint32_t kPiece = 16384;  // several at once keep more of the memory busy
-  for (uint32_t at = 0; at < bytes; at += kPiece) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared + at),
-        "l"(static_cast<const char*>(global) + at), "r"(min(kPiece, bytes - at)), "r"(barrier)
-        : "memory");
-  }
+#endif
+}
+__device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global),
+      "r"(bytes), "r"(barrier)
+      : "memory");
 #endif
 }
 
@@ -150,11 +151,12 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
   return r;
 }
 
-// The word `Offset` words further. (Left to itself the compiler keeps an address for each of several offsets.)
+// The word `Offset` words further. (Left to itself the compiler keeps an address for each of several offsets. And a load
+// from constant memory, `.nc`, it moves behind wait_for_previous, which it should run ahead of.)
 template <int Offset>
 __device__ __forceinline__ unsigned load_once(const unsigned* p) {
   unsigned r;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1 + %2];" : "=r"(r) : "l"(p), "n"(Offset * 4));
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1 + %2];" : "=r"(r) : "l"(p), "n"(Offset * 4));
   return r;
 }
 
@@ -164,9 +166,9 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(address));
   return r;
 }
-__device__ __forceinline__ float load_shared(uint32_t address) {
-  float r;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(address));
+__device__ __forceinline__ unsigned load_shared_word(uint32_t address) {
+  unsigned r;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(address));
   return r;
 }
 

@@ -12,8 +12,11 @@ struct Inputs {
   const T* x;
   int64_t row_stride;
   int count;
-  const float* scale;    // or null
-  const int32_t* list;   // or null
+  // Meaningful if there are such. (Flags rather than null: for `if (pointer)` after a choice between null and an offset,
+  // ptxas 13.0 let the comparison read the register before the zero was in it, and lists were read that are not there.)
+  const float* scale;
+  const int32_t* list;
+  bool has_scale, has_list;
   int half;              // slots of a pair (high, low) are this far apart; 0 if numbers are rounded to T instead
   bool paired;           // pairs of columns are aligned pairs in memory
   bool plain;            // and nothing need be done to them
@@ -23,11 +26,13 @@ struct Inputs {
       : x(static_cast<const T*>(tokens.x)),
         row_stride(tokens.row_stride),
         count(tokens.count),
-        scale(job.scale < 0 ? nullptr : layer.norm + job.scale),
-        list(job.column_list < 0 ? nullptr : layer.columns + job.column_list),
-        half(scale && 2 * tokens.count <= slots ? slots / 2 : 0),
-        paired(!list && tokens.row_stride % 2 == 0 && job.column_end % 2 == 0),
-        plain(paired && !scale) {}
+        scale(layer.norm + job.scale),
+        list(layer.columns + job.column_list),
+        has_scale(job.scale >= 0),
+        has_list(job.column_list >= 0),
+        half(has_scale && 2 * tokens.count <= slots ? slots / 2 : 0),
+        paired(!has_list && tokens.row_stride % 2 == 0 && job.column_end % 2 == 0),
+        plain(paired && !has_scale) {}
 
   // Which token, if there are as many, a slot holds.
   __device__ __forceinline__ int token(int slot) const { return half && slot >= half ? slot - half : slot; }
@@ -36,7 +41,7 @@ struct Inputs {
   __device__ __forceinline__ T operator()(int slot, int column) const {
     const int token = this->token(slot);
     if (token >= count) return Number<T>::narrow(0.f);
-    if (!scale) return x[token * row_stride + (list ? __ldg(list + column) : column)];
+    if (!has_scale) return x[token * row_stride + (has_list ? __ldg(list + column) : column)];
     const float exact = unrounded(token, column);
     const T high = Number<T>::narrow(exact);
     return half && slot >= half ? Number<T>::narrow(exact - Number<T>::wide(high)) : high;
@@ -44,9 +49,9 @@ struct Inputs {
 
   // A token's activation for a column of the segment, scaled.
   __device__ __forceinline__ float unrounded(int token, int column) const {
-    const int source = list ? __ldg(list + column) : column;
+    const int source = has_list ? __ldg(list + column) : column;
     const float value = Number<T>::wide(x[token * row_stride + source]);
-    return scale ? value * __ldg(scale + source) : value;
+    return has_scale ? value * __ldg(scale + source) : value;
   }
 
   // Columns `column` (even) and `column + 1`, of which those at or beyond `end` count as zero.

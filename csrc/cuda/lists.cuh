@@ -32,7 +32,6 @@ __device__ __forceinline__ int entry_column(unsigned entry, int span) {
   return span * kSpanTiles * kTileColumns + (row < kTileRows ? row : row - kTileRows + kTileColumns);
 }
 __device__ __forceinline__ bool entry_pads(unsigned entry) { return (entry >> 19) % kTileRows == kTileColumns; }
-__device__ __forceinline__ int entry_bank(unsigned entry) { return entry >> 19 & 31; }  // of fp32 activations
 __device__ __forceinline__ unsigned entry_slice_row(unsigned entry) { return entry >> 2 & (kSliceRows - 1); }
 
 // The slice in shared memory: filled by the copy engine where there is one, once for neighbouring jobs of a block.
@@ -50,29 +49,90 @@ struct SliceCopy {
     if (held == job.book) return;
     held = job.book;
     phase ^= 1;
-    begin_bulk_copy(shared_address(slice), book, job.book_rows * 16, shared_address(&barrier));
+    const uint32_t bytes = job.book_rows * 16;
+    announce_bulk_copy(shared_address(&barrier), bytes);
+    constexpr uint32_t kPiece = 16384;  // several at once keep more of the memory busy
+    for (uint32_t at = 0; at < bytes; at += kPiece)
+      bulk_copy(shared_address(slice) + at, reinterpret_cast<const char*>(book) + at, min(kPiece, bytes - at),
+                shared_address(&barrier));
   }
   __device__ void wait() { wait_for_phase(shared_address(&barrier), phase); }
 };
 
-// The lists of this warp's rows (every kWarps-th of the job), read in blocks, kRing at a time. Those of a list are of
-// equal size, since a short one at its end would leave little to do while the next list is on its way.
-template <int kRing, int kAhead>  // blocks on their way, and groups of 32 entries in each at most
+// A part of a list: groups of 32 entries, and the row that ends with it, or -1.
+struct ListPart {
+  int at, size, ends;
+};
+
+// The lists of this warp's rows, every kWarps-th of the job, in parts of at most kMost groups, all but the last of a
+// list multiples of kGrain. Two are about equal, since a short one would leave little to do while the next list is on its
+// way.
+template <int kMost, int kGrain = 1>
+class ListParts {
+  static_assert(kMost % kGrain == 0);
+
+ public:
+  __device__ __forceinline__ ListParts(const Layer& layer, const Job& job)
+      : layer_(layer), job_(job), row_(job.row_begin + threadIdx.x / 32), nth_(0) {
+    find();
+    begin();
+  }
+
+  // Empty ones after the last.
+  __device__ __forceinline__ ListPart next() {
+    ListPart part{at_, min(size_, end_ - at_), -1};
+    at_ += part.size;
+    if (at_ == end_) {
+      part.ends = row_;
+      row_ += kWarps;
+      if (++nth_ % 32 == 0) find();
+      begin();
+    }
+    return part;
+  }
+
+ private:
+  const Layer& layer_;
+  const Job& job_;
+  int row_, nth_;      // of the present list, and how many there were before
+  int begins_, ends_;  // each lane's are of one of 32 lists, among them the present one
+  int at_, end_, size_;
+
+  __device__ __forceinline__ void find() {
+    const int row = row_ + threadIdx.x % 32 * kWarps;
+    begins_ = ends_ = 0;
+    if (row < job_.row_end) {
+      const int first_tile = job_.column_begin / kTileColumns;
+      const int tiles = (job_.column_end + kTileColumns - 1) / kTileColumns - first_tile;
+      const int* bounds = layer_.codes + job_.lists + row * job_.list_tiles + first_tile;
+      begins_ = __ldg(bounds);
+      ends_ = __ldg(bounds + tiles);
+    }
+  }
+  __device__ __forceinline__ void begin() {
+    at_ = __shfl_sync(kAllLanes, begins_, nth_ % 32);
+    end_ = __shfl_sync(kAllLanes, ends_, nth_ % 32);
+    size_ = end_ - at_;
+    if (size_ > kMost) size_ = size_ > 2 * kMost ? kMost : (size_ + 2 * kGrain - 1) / (2 * kGrain) * kGrain;
+  }
+};
+
+// How many lists a warp has to end.
+__device__ __forceinline__ int lists_of_warp(const Job& job) {
+  return (job.row_end - job.row_begin - int(threadIdx.x / 32) + kWarps - 1) / kWarps;
+}
+
+// Parts of lists on their way to registers, kRing of them.
+template <int kRing, int kAhead, int kGrain = 1>
 class ListReader {
  public:
   unsigned blocks[kRing][kAhead];  // this lane's words; beyond the size, entries that only pad
-  int sizes[kRing], ends[kRing];   // groups of a block; the row that ends with it, or -1
+  int sizes[kRing], ends[kRing];   // see ListPart
 
   __device__ __forceinline__ ListReader(const Layer& layer, const Job& job)
-      : row_end_(job.row_end), row_(job.row_begin + threadIdx.x / 32), step_(kWarps * job.list_tiles) {
-    const int first_tile = job.column_begin / kTileColumns;
-    tiles_ = (job.column_end + kTileColumns - 1) / kTileColumns - first_tile;
-    nothing_ = make_entry(first_tile, kTileColumns, 0);
-    bounds_ = layer.codes + job.lists + row_ * job.list_tiles + first_tile;
-    entries_ = reinterpret_cast<const unsigned*>(layer.codes) + job.codes + threadIdx.x % 32;
-    find(row_, at_, end_);
-    find(row_ + kWarps, next_at_, next_end_);
-    divide();
+      : parts_(layer, job),
+        nothing_(make_entry(job.column_begin / kTileColumns, kTileColumns, 0)),
+        entries_(reinterpret_cast<const unsigned*>(layer.codes) + job.codes + threadIdx.x % 32) {
 #pragma unroll
     for (int i = 0; i < kRing; i++) fetch(i);
   }
@@ -80,7 +140,7 @@ class ListReader {
   // Calls multiply(i) for every block, whose place in the ring that is, and store(row) after the last of a list.
   template <typename Multiply, typename Store>
   __device__ __forceinline__ void walk(const Job& job, const Multiply& multiply, const Store& store) {
-    for (int left = (job.row_end - job.row_begin - int(threadIdx.x / 32) + kWarps - 1) / kWarps; left > 0;) {
+    for (int left = lists_of_warp(job); left > 0;) {
 #pragma unroll
       for (int i = 0; i < kRing; i++) {
         multiply(i);
@@ -93,50 +153,21 @@ class ListReader {
     }
   }
 
+ private:
+  ListParts<kAhead, kGrain> parts_;
+  unsigned nothing_;
+  const unsigned* entries_;
+
   // Block i of the ring, once that is used up.
   __device__ __forceinline__ void fetch(int i) {
-    const unsigned* from = entries_ + size_t(at_) * 32;
-    sizes[i] = min(size_, end_ - at_);
+    const ListPart part = parts_.next();
+    const unsigned* from = entries_ + size_t(part.at) * 32;
+    sizes[i] = part.size;
+    ends[i] = part.ends;
     unrolled<kAhead>([&](auto k) {
       blocks[i][k] = nothing_;
-      if (k < sizes[i]) blocks[i][k] = load_once<k * 32>(from);
+      if (k < part.size) blocks[i][k] = load_once<k * 32>(from);
     });
-    at_ += sizes[i];
-    ends[i] = -1;
-    if (at_ == end_) {
-      ends[i] = row_;
-      row_ += kWarps;
-      at_ = next_at_;
-      end_ = next_end_;
-      divide();
-      find(row_ + kWarps, next_at_, next_end_);  // not looked at before this list has been read
-    }
-  }
-
- private:
-  int row_end_, row_, step_, tiles_;
-  unsigned nothing_;
-  const int* bounds_;  // of the next row's list
-  const unsigned* entries_;
-  int at_, end_, size_, next_at_, next_end_;
-
-  __device__ __forceinline__ void find(int row, int& begin, int& end) {
-    begin = end = 0;
-    if (row < row_end_) {
-      begin = __ldg(bounds_);
-      end = __ldg(bounds_ + tiles_);
-    }
-    bounds_ += step_;
-  }
-  __device__ __forceinline__ void divide() {
-    size_ = end_ - at_;
-    if (size_ <= kAhead) return;
-    if (size_ <= 2 * kAhead) {  // most lists; and a division takes long
-      size_ = (size_ + 1) / 2;
-      return;
-    }
-    const int count = (size_ + kAhead - 1) / kAhead;
-    size_ = (size_ + count - 1) / count;
   }
 };
 

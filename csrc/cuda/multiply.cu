@@ -13,7 +13,6 @@ __device__ __noinline__ void multiply_dot_apart(const Layer& layer, const Tokens
   multiply_dot<T>(layer, tokens, job, workspace, stride, shared);
 }
 
-
 // For one token, or up to 8 or 16. 112 registers a thread leave room for blocks of `finish_kernel`: those of the
 // layer before would otherwise keep this kernel's from starting.
 template <typename T, int Slots>
@@ -22,7 +21,11 @@ __global__ void __maxnreg__(112)
                     const int32_t* __restrict__ starts, float* __restrict__ workspace, int64_t stride) {
   constexpr int Octets = Slots <= 8 ? 1 : 2;
   extern __shared__ uint4 shared[];
-  __shared__ Job job;  // here rather than in registers, which the products need
+  // Here rather than in registers, which the products need, or on a stack: 512 threads' stacks do not fit the L1 cache
+  // that 200 KiB of shared memory leave, and cost 4 us at the start of a kernel of 12.
+  __shared__ Job job;
+  __shared__ Layer own_layer;
+  __shared__ Tokens own_tokens;
   __shared__ SliceCopy copy;
   __shared__ Exchange exchange;
   let_next_start();
@@ -35,29 +38,34 @@ __global__ void __maxnreg__(112)
     __syncthreads();
     if (threadIdx.x < sizeof(Job) / 4)
       reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
+    if (threadIdx.x == kThreads - 1) {
+      const int source = Slots > 8 ? jobs[j].source : -1;
+      own_layer = layer;
+      own_tokens = tokens;
+      if (source >= 0)
+        own_tokens = {static_cast<const T*>(prepared.x) + source, prepared.row_stride, tokens.count};
+    }
     __syncthreads();
     if (threadIdx.x == 0 && Kind(job.kind) != Kind::kSliced) copy.held = -1;
-    Tokens own = tokens;
-    if (Slots > 8 && job.source >= 0) own = {static_cast<const T*>(prepared.x) + job.source, prepared.row_stride, tokens.count};
     switch (Kind(job.kind)) {
       case Kind::kSliced:
         if constexpr (Slots == 1)
-          multiply_single<T>(layer, tokens, job, copy, workspace, shared);
+          multiply_single<T>(own_layer, own_tokens, job, copy, workspace, shared);
         else
-          multiply_sliced<T, Octets>(layer, own, job, copy, workspace, stride, shared);
+          multiply_sliced<T, Octets>(own_layer, own_tokens, job, copy, workspace, stride, shared);
         break;
       case Kind::kBytes:
-        multiply_resident<T, Octets, Kind::kBytes>(layer, own, job, exchange, workspace, stride, shared);
+        multiply_resident<T, Octets, Kind::kBytes>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
         break;
       case Kind::kBytePairs:
-        multiply_resident<T, Octets, Kind::kBytePairs>(layer, own, job, exchange, workspace, stride, shared);
+        multiply_resident<T, Octets, Kind::kBytePairs>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
         break;
       case Kind::kShorts:
-        multiply_resident<T, Octets, Kind::kShorts>(layer, own, job, exchange, workspace, stride, shared);
+        multiply_resident<T, Octets, Kind::kShorts>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
         break;
       default:
         wait_for_previous();
-        multiply_dot_apart<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(shared));
+        multiply_dot_apart<T>(own_layer, own_tokens, job, workspace, stride, reinterpret_cast<float*>(shared));
     }
   }
 }

@@ -5,7 +5,6 @@
 // list is a bipartite multigraph, centroid banks x column banks, and each phase should be a perfect matching of it.
 // Phases are found one after another by augmenting paths, vertices with most entries left first; a bank with more
 // entries than phases are left takes part twice, as early as possible and together with others of its kind.
-// Which of several entries with the same two banks comes first is decided by the banks of single.cuh.
 #include "sliced.cuh"
 #include "stream.cuh"
 
@@ -137,27 +136,14 @@ struct Schedule {
   }
 };
 
-// One of the entries [at, end) of a cell, which leaves the others behind it: if there is one, of a column whose 4 bytes lie
-// in a bank that this group of 32 does not use yet. (single.cuh looks all activations of a group up at once.)
-__device__ unsigned take(unsigned* sorted, int at, int end, unsigned& used) {
-  const int last = min(end, at + 8);
-  int chosen = at;
-  while (chosen < last && used >> entry_bank(sorted[chosen]) & 1) chosen++;
-  if (chosen == last) chosen = at;
-  const unsigned entry = sorted[chosen];
-  sorted[chosen] = sorted[at];
-  used |= 1u << entry_bank(entry);
-  return entry;
-}
-
 // A warp makes one list: entries sorted by cell, in column order within a cell, then taken as the schedule says.
 __global__ void __launch_bounds__(kPackWarps * 32)
     lists_kernel(Stream stream, int slices, int tiles, const int32_t* __restrict__ offsets, int32_t* lists) {
   extern __shared__ unsigned sorted_[];
-  __shared__ int cells_[kPackWarps][64], starts_[kPackWarps][64], ends_[kPackWarps][64];
+  __shared__ int cells_[kPackWarps][64], starts_[kPackWarps][64];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x, tile = blockIdx.y;
   unsigned* sorted = sorted_ + warp * kTileColumns;
-  int *cell = cells_[warp], *start = starts_[warp], *ends = ends_[warp];
+  int *cell = cells_[warp], *start = starts_[warp];
   const int first = tile * kTileColumns, end = min(first + kTileColumns, stream.columns);
   for (int slice = warp; slice < slices; slice += kPackWarps) {
     const size_t list = (size_t(slice) * stream.rows + row) * tiles + tile;
@@ -184,7 +170,6 @@ __global__ void __launch_bounds__(kPackWarps * 32)
           for (int i = 0, at = 0; i < 64; i++) {
             start[i] = at;
             at += cell[i];
-            ends[i] = at;
           }
         __syncwarp();
         cell[lane] = cell[lane + 32] = 0;
@@ -195,13 +180,9 @@ __global__ void __launch_bounds__(kPackWarps * 32)
     if (lane == 0) {
       Schedule schedule(cell);
       int written = 0, next[8];
-      unsigned used = 0;  // by this group: for every column bank, which quarters of it
       while (schedule.left > 0) {
         const int count = schedule.phase(next);
-        for (int i = 0; i < count; i++) {
-          if (written % 32 == 0) used = 0;
-          out[written++] = take(sorted, start[next[i]]++, ends[next[i]], used);
-        }
+        for (int i = 0; i < count; i++) out[written++] = sorted[start[next[i]]++];
       }
       for (; written < groups * 32; written++) out[written] = make_entry(tile, kTileColumns, 0);
     }

@@ -1,29 +1,72 @@
 // Products of one token with a book too large for shared memory.
 //
-// As in sliced.cuh a block holds a slice of the book; but a tensor core would be fed eight tokens, and looking those up
-// costs as much as the centroids. Here a lane has an entry, gets its centroid and the activation of its column, as fp32,
-// and multiplies; the lanes' sums are added at the end of a list.
+// As in sliced.cuh a block holds a slice of the book, and ldmatrix.trans gathers the centroids of a group of 32 entries:
+// here they are the A fragment of an mma. Its B fragment has room for eight tokens, and looking those up would cost as
+// much as the centroids. With one token, every lane looks up one number for each of four groups, and the numbers are
+// exchanged among lanes so that all four groups' B fragments lie in the same registers: group j has columns j and j + 4
+// of B. What the products have in the other columns is the other groups' and never looked at.
 #pragma once
 
 #include "lists.cuh"
 
 namespace vptq {
 
+// How a lane takes part in the exchange: a number of each of four groups, for the entry of this lane in words[j], becomes
+// the B fragments of the groups. An A fragment has entries 0-15 in its upper rows, 16-31 in the lower (see lane_of_row);
+// lane bits: upper or lower, k / 8, and k % 8.
+class Crossing {
+ public:
+  __device__ __forceinline__ explicit Crossing(int lane) {
+    const bool odd = lane & 1, second = lane & 8;
+    given_ = kept(odd ? 0x5410 : 0x7632);
+    kept_ = kept(odd ? 0x7632 : 0x5410);
+    const unsigned first_pair = odd ? 0x1054 : 0x5410, second_pair = odd ? 0x3276 : 0x7632;
+    own_ = kept(second ? second_pair : first_pair);
+    other_ = kept(second ? first_pair : second_pair);
+    from_ = kept(lane & 24 | (lane & 3) << 1 | (lane & 4) >> 2);
+    swapped_from_ = kept(from_ ^ 8);
+    second_ = kept(second);
+  }
+
+  // Groups 0 and 1, 2 and 3, a number in each half.
+  __device__ __forceinline__ void operator()(unsigned (&b)[2], unsigned groups01, unsigned groups23) const {
+    // The lowest bit of k goes into the registers, that of the group into the lane.
+    const unsigned given = __byte_perm(groups01, groups23, given_), mine = __byte_perm(groups01, groups23, kept_);
+    const unsigned taken = __shfl_xor_sync(kAllLanes, given, 1);
+    // Then k / 8 and the other bit of the group; and a lane's column is its number / 4.
+    const unsigned same = __shfl_sync(kAllLanes, __byte_perm(mine, taken, own_), from_);
+    const unsigned swapped = __shfl_sync(kAllLanes, __byte_perm(mine, taken, other_), swapped_from_);
+    b[0] = second_ ? swapped : same;
+    b[1] = second_ ? same : swapped;
+  }
+
+ private:
+  unsigned given_, kept_, own_, other_, from_, swapped_from_, second_;
+
+  // Left to itself the compiler computes them anew each time.
+  static __device__ __forceinline__ unsigned kept(unsigned v) {
+    asm volatile("" : "+r"(v));
+    return v;
+  }
+};
+
 template <typename T>
 __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& tokens, const Job& job, SliceCopy& copy,
                                              float* workspace, uint4* shared) {
-  constexpr int kRing = 2, kAhead = 9;
-  constexpr int kBatch = 3;  // entries of a lane looked up together
+  constexpr int kBatch = 4;  // groups looked up together
+  constexpr int kRing = 2, kAhead = 12;
   const int lane = threadIdx.x % 32;
-  float* columns = reinterpret_cast<float*>(shared + kSliceRows);  // [kSpanTiles][kTileRows]
+  // Of every column, a scaled activation as a sum of two numbers, [kSpanTiles][kTileRows], in four copies: entries 8 i ..
+  // of a group read copy i, which lies in banks of its own. So they collide no more than those of sliced.cuh.
+  uint4* columns = shared + kSliceRows;
   if (threadIdx.x == 0) copy.begin(shared, static_cast<const uint4*>(layer.books) + job.book, job);
-  ListReader<kRing, kAhead> reader(layer, job);
+  ListReader<kRing, kAhead, kBatch> reader(layer, job);
 
   wait_for_previous();
-  const Inputs<T> inputs(layer, tokens, job, 0);
+  const Inputs<T> inputs(layer, tokens, job, 2);
   constexpr int kShare = kSpanTiles * kTileColumns / kThreads;
   float mine[kShare];
-  if (inputs.list) {
+  if (inputs.has_list) {
 #pragma unroll
     for (int i = 0; i < kShare; i++) {
       const int column = job.column_begin + threadIdx.x + i * kThreads;
@@ -36,7 +79,7 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
     for (int i = 0; i < kShare; i++) {  // all loads before anything is done with one
       const int column = min(job.column_begin + int(threadIdx.x) + i * kThreads, job.column_end - 1);
       values[i] = inputs.x[column];
-      factors[i] = inputs.scale ? __ldg(inputs.scale + column) : 1.f;
+      factors[i] = inputs.has_scale ? __ldg(inputs.scale + column) : 1.f;
     }
 #pragma unroll
     for (int i = 0; i < kShare; i++) mine[i] = Number<T>::wide(values[i]) * factors[i];
@@ -44,58 +87,57 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
 #pragma unroll
   for (int i = 0; i < kShare; i++) {  // those behind the end are in no list
     const int column = threadIdx.x + i * kThreads;
-    columns[column + column / kTileColumns * 8] = mine[i];
+    const T high = Number<T>::narrow(mine[i]), low = Number<T>::narrow(mine[i] - Number<T>::wide(high));
+    const unsigned both = pack(high, low);
+    columns[column + column / kTileColumns * 8] = make_uint4(both, both, both, both);
   }
   if (threadIdx.x < kSpanTiles)  // what entries that only pad are multiplied by
-    columns[threadIdx.x * kTileRows + kTileColumns] = 0.f;
+    columns[threadIdx.x * kTileRows + kTileColumns] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   copy.wait();
 
   const uint32_t book = shared_address(shared);
-  const uint32_t base = shared_address(columns) - job.column_begin / kTileColumns % kSpanTiles * kTileRows * 4;
-  float sums[8] = {};
+  const uint32_t base = shared_address(columns) - job.column_begin / kTileColumns % kSpanTiles * kTileRows * 16 + lane / 8 * 4;
+  const Crossing cross(lane);
+  float sums[kBatch][4] = {};
+  const bool scaled = inputs.has_scale;
   auto multiply_block = [&](int i) {
 #pragma unroll
     for (int first = 0; first < kAhead; first += kBatch) {
       if (first >= reader.sizes[i]) return;
-      uint4 centroids[kBatch];
-      float acts[kBatch];
+      unsigned c[kBatch][4], x[kBatch], b[2];
 #pragma unroll
       for (int k = 0; k < kBatch; k++) {
         const unsigned entry = reader.blocks[i][first + k];
-        centroids[k] = load_shared16(book + (entry & (kSliceRows - 1) << 2) * 4);
-        acts[k] = load_shared(base + (entry >> 19) * 4);
+        x[k] = load_shared_word(base + (entry >> 15));
+        ldmatrix_trans(c[k], book + (entry & (kSliceRows - 1) << 2) * 4);
       }
+      cross(b, __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[2], x[3], 0x5410));
 #pragma unroll
-      for (int k = 0; k < kBatch; k++) {
-        // A word's column is that of one entry, its row that of another (see lists.cuh).
-        const float x = __shfl_sync(kAllLanes, acts[k], lane_of_row(lane));
-        const unsigned pairs[4] = {centroids[k].x, centroids[k].y, centroids[k].z, centroids[k].w};
+      for (int k = 0; k < kBatch; k++) mma<T>(sums[k], c[k][0], c[k][1], c[k][2], c[k][3], b[0], b[1]);
+      if (!scaled) continue;
+      cross(b, __byte_perm(x[0], x[1], 0x7632), __byte_perm(x[2], x[3], 0x7632));
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const float2 v = unpack<T>(pairs[e]);
-          sums[2 * e] += x * v.x;
-          sums[2 * e + 1] += x * v.y;
-        }
-      }
+      for (int k = 0; k < kBatch; k++) mma<T>(sums[k], c[k][0], c[k][1], c[k][2], c[k][3], b[0], b[1]);
     }
   };
-  // Every step halves what a lane has and the lanes that have it: lane i ends with output i / 4.
+  // Group j's sums: rows 0-7 of column j, and rows 8-15 of column j + 4.
   auto store_row = [&](int row) {
+    const bool second = lane & 1, lower = lane & 2;
+    float sum = 0.f;
 #pragma unroll
-    for (int half = 4; half; half /= 2) {
-      const bool upper = lane & half * 4;
-#pragma unroll
-      for (int e = 0; e < half; e++) {
-        const float given = upper ? sums[e] : sums[e + half];
-        sums[e] = (upper ? sums[e + half] : sums[e]) + __shfl_xor_sync(kAllLanes, given, half * 4);
-      }
+    for (int half = 0; half < 2; half++) {
+      const float upper_sum = second ? sums[2 + half][half] : sums[half][half];
+      const float lower_sum = second ? sums[2 + half][2 + half] : sums[half][2 + half];
+      sum += lower ? lower_sum : upper_sum;
     }
-    sums[0] += __shfl_xor_sync(kAllLanes, sums[0], 2);
-    sums[0] += __shfl_xor_sync(kAllLanes, sums[0], 1);
-    if (lane % 4 == 0) workspace[job.out + row * 8 + lane / 4] = sums[0];
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    if (lane % 4 == 0) workspace[job.out + row * 8 + lane / 4] = sum;
 #pragma unroll
-    for (int e = 0; e < 8; e++) sums[e] = 0.f;
+    for (int k = 0; k < kBatch; k++)
+#pragma unroll
+      for (int r = 0; r < 4; r++) sums[k][r] = 0.f;
   };
   reader.walk(job, multiply_block, store_row);
 }

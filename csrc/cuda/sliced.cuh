@@ -41,7 +41,7 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
 #pragma unroll
     for (int i = 0; i < kPairs * Octets; i++) {
       const int pair = threadIdx.x + i % kPairs * kThreads, column = job.column_begin + 2 * pair;
-      if (i < kPairs && inputs.scale && pair < pairs)
+      if (i < kPairs && inputs.has_scale && pair < pairs)
         factors[i] = make_float2(__ldg(inputs.scale + column), __ldg(inputs.scale + column + 1));
 #pragma unroll
       for (int j = 0; j < 8; j++) {
@@ -52,7 +52,7 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
     }
 #pragma unroll
     for (int i = 0; i < kPairs * Octets; i++) {
-      if (inputs.scale) {
+      if (inputs.has_scale) {
 #pragma unroll
         for (int j = 0; j < 8; j++) v[i][j] = inputs.scaled(i / kPairs * 8 + j, v[i][j], factors[i % kPairs]);
       }

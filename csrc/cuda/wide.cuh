@@ -75,14 +75,14 @@ __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens
   const int thread = threadIdx.x - kConsumers;
   constexpr int kAcross = Tile::kColumns / 8;
   const int piece = thread % kAcross, first_slot = thread / kAcross;
-  const bool aligned = !inputs.list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
-  if (aligned && !inputs.scale) return copy_activations<T, N>(tokens, job, ring, done, stages);
+  const bool aligned = !inputs.has_list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
+  if (aligned && !inputs.has_scale) return copy_activations<T, N>(tokens, job, ring, done, stages);
 
   uint4 raw[Tile::kPieces];
   float4 scales[2];
   auto fetch = [&](int column) {
     const bool whole = aligned && column + 8 <= job.column_end;
-    if (inputs.scale && whole) {
+    if (inputs.has_scale && whole) {
       scales[0] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column));
       scales[1] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column) + 1);
     }
@@ -129,7 +129,7 @@ __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens
 #pragma unroll
     for (int i = 0; i < Tile::kPieces; i++) {
       const int slot = first_slot + i * (kProducers / kAcross);
-      now[i] = inputs.scale && whole ? scaled(raw[i], inputs.half && slot >= inputs.half) : raw[i];
+      now[i] = inputs.has_scale && whole ? scaled(raw[i], inputs.half && slot >= inputs.half) : raw[i];
     }
     column += Tile::kColumns;
     if (begin + Tile::kColumns < end) fetch(column);
