@@ -159,7 +159,7 @@ def _random_stream(shape: tuple[int, ...], bits: int, gen: np.random.Generator) 
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of a checkpoint: its name for people, its size (exact but for norms and biases), what makes its tensors."""
+    """A part of a checkpoint: its name for people, its size (but for norms and biases), and what makes its tensors."""
 
     name: str
     nbytes: int
