@@ -254,9 +254,10 @@ class Run:
 
 def environment(placed: Placed, engines: int) -> dict[str, str]:
     """Of an engine: its cards, its share of the processor, nothing from outside."""
+    ids = machine.cards() or [""]
     share = max(1, (os.cpu_count() or 1) // engines)
     return {
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, placed.cards)),
+        "CUDA_VISIBLE_DEVICES": ",".join(ids[card] for card in placed.cards),
         "OMP_NUM_THREADS": str(min(share, 8)),
         "TORCHINDUCTOR_COMPILE_THREADS": str(share),
         "HF_HUB_OFFLINE": "1",

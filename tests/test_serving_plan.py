@@ -92,6 +92,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(serving, "MODELS", {"8b": "tiny"})
+    monkeypatch.setattr(serving.machine, "cards", lambda: ["4", "GPU-7"])
 
     def make(script: str, limit: float = 20.0) -> Run:
         path = tmp_path / "worker.sh"
@@ -136,8 +137,8 @@ def test_engines_get_their_card_layout_and_settings(run, tmp_path):
     loaded = "echo 'INFO Model loading took 3.6 GiB and 4.25 seconds' >&2"
     runner = run(f"{job}; {loaded}; {say(STARTED)}; read line; {decode(1)}; {decode(8)}; {say({'event': 'done'})}")
     assert runner.wave([Placed(DENSE, (0,)), Placed(CODED, (1,))])
-    card, layout, offline, job = (tmp_path / "job-1").read_text().split(" ", 3)
-    assert (card, layout, offline) == ("1", "stationary", "1")
+    card, layout, offline, job = (tmp_path / "job-GPU-7").read_text().split(" ", 3)
+    assert (card, layout, offline) == ("GPU-7", "stationary", "1")
     assert json.loads(job)["batches"] == [1] and json.loads(job)["kv_cache_gib"] == serving.KV_GIB
     models = json.loads((tmp_path / "out.json").read_text())["models"]
     assert {row["model"]: (row["load_s"], row["started_at_once"]) for row in models}["8b-dense"] == (4.25, 2)
