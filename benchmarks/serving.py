@@ -28,10 +28,11 @@ from vllm_vptq.bench.results import Results, default_path, same
 from vllm_vptq.bench.settings import BenchError, Contestant, Settings
 from vllm_vptq.doctor import machine
 
-KV_GIB = 8.0
+KV_GIB = 6.0
 """Of every engine's cache: enough for all batches, and the same beside others, who disturb vLLM's own measurement."""
-SETTINGS = Settings(kv_cache_gib=KV_GIB, gpu_memory_utilization=0.2)
-OTHER_GIB = 8.0
+SETTINGS = Settings(kv_cache_gib=KV_GIB, gpu_memory_utilization=0.1)
+"""A cache of fixed size has no use for the utilization, but vLLM will not start where less is free."""
+OTHER_GIB = 6.0
 """Of every engine: activations of the longest prompts, CUDA graphs, its context."""
 USABLE = 0.9
 """Of a card, for engines."""
@@ -57,7 +58,8 @@ class Entry:
     def name(self) -> str:
         """What the user calls it."""
         more = [self.layout or ""] * (self.layout in ("aligned", "compact")) + [f"tp{self.tp}"] * (self.tp > 1)
-        return "-".join([*["room"] * self.room, self.folder, *more])
+        kind = ["room"] * self.room + ["bf16"] * (self.dtype == "bfloat16")
+        return "-".join([*kind, self.model, self.format, *more])
 
     @property
     def folder(self) -> str:
@@ -93,14 +95,14 @@ def plan() -> list[Entry]:
     return [
         *small,
         Entry("70b", "v8-k65536-0", 54.5, (1, 8, 32), "stationary"),
-        Entry("70b", "v8-k65536-0", 20.5, (1, 8, 32), "aligned"),
-        Entry("70b", "v8-k65536-0", 20.5, (1, 8), "compact"),
+        Entry("70b", "v8-k65536-0", 20.5, (1, 8), "aligned"),
+        Entry("70b", "v8-k65536-0", 20.5, (1,), "compact"),
         Entry("70b", "v8-k65536-0", 27.5, (1, 8, 32), "stationary", tp=2),
         Entry("14b", DENSE, 27.5, (1, 8)),
         Entry("14b", W4A16, 9.5, (1, 8)),
         *(Entry("14b", name, gib, (1, 8), "stationary") for name, gib in (qwen | {"v8-k65536-0": 13.0}).items()),
-        *(replace(entry, room=True) for entry in (*small[:4], small_aligned)),
         small_aligned,
+        *(replace(entry, room=True) for entry in small[:4]),
         Entry("70b", W4A16, 37.0, (1, 8, 32)),
         Entry("70b", DENSE, 66.0, (1, 8, 32), tp=2),
         Entry("8b", DENSE, 15.0, few, dtype="bfloat16"),
@@ -279,11 +281,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Only entries that begin with one of these.")] = None,
-    models: Annotated[Path, typer.Option(help="Where checkpoints are, or are written (5 to 22 GiB each).")] = Path(
+    models: Annotated[Path, typer.Option(help="Where checkpoints are, or are written (4 to 20 GiB each).")] = Path(
         ".cache/serving"
     ),
     out: Annotated[Path | None, typer.Option(help="JSON to write or to continue.")] = None,
-    per_card: Annotated[int, typer.Option(min=1, help="Engines that start at a time on a GPU.")] = 4,
+    per_card: Annotated[int, typer.Option(min=1, help="Engines that start at a time on a GPU.")] = 6,
     limit: Annotated[float, typer.Option(help="Seconds an engine may take to start, and then to measure.")] = 240,
     show: Annotated[bool, typer.Option("--list", help="Print what would run, and stop.")] = False,
 ) -> None:
