@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import statistics
 import sys
 import time
@@ -74,6 +75,7 @@ def events(model: str, load_format: str, settings: Settings, wait: bool = False)
         "event": "started",
         "start_s": round(start_s, 2),
         "weight_gib": round(max(llm.collective_rpc(weight_bytes)) / 2**30, 6),
+        "host_peak_gib": round(max(llm.collective_rpc(host_peak)) / 2**30, 2),
         "kv_cache_tokens": kv_cache_tokens(engine.cache_config),
         "device": current_platform.get_device_name(),
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
@@ -111,6 +113,11 @@ def weight_bytes(worker: Any) -> int:
     """What the parameters of a rank's model hold, each storage once. Runs in vLLM's workers."""
     storages = (parameter.untyped_storage() for parameter in worker.get_model().parameters())
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def host_peak(_worker: Any) -> int:
+    """The most CPU memory that a rank's process has held, in bytes, pages of mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def kv_cache_tokens(cache: Any) -> int:
