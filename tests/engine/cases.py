@@ -20,6 +20,9 @@ differs by (float16 by 0.0014 and 0.009, bfloat16 by 0.014 and 0.07). Eight wron
 beyond: 0.033 and 0.74 in float16 (the case ``planted error``)."""
 FP8_BOUNDS = {name: Bound(3 * b.mean, 3 * b.worst, 3 * b.near_tie) for name, b in BOUNDS.items()}
 """A cache in 8 bits turns differences in the last bit of 16 into some in the last of its three."""
+REAL_BOUNDS = {name: Bound(2 * b.mean, 2 * b.worst, 2 * b.near_tie) for name, b in BOUNDS.items()}
+"""Of models with tens of layers: on a CPU, SmolLM2-135M's 30 differ by 0.0072 and 0.07 in float16, 0.060 and 0.40 in
+bfloat16."""
 OPTIONS: dict[str, Any] = {
     "max_model_len": 2304,
     "max_num_batched_tokens": CHUNK,
@@ -423,7 +426,8 @@ class Real:
 def real(model: Real) -> Case:
     step = ("ask", {"lengths": [1, 3, 9, 40, 200, 900], "seed": 900, "max_tokens": 32, "forced": True})
     options = {"dtype": model.dtype, "max_model_len": 1024}
-    return Case(f"real {model.name}", pair(model, options=options, steps=(step,)), twins_agree(model.dtype), cpu=True)
+    agree = twins_agree(model.dtype, REAL_BOUNDS)
+    return Case(f"real {model.name}", pair(model, options=options, steps=(step,)), agree, cpu=True)
 
 
 def all_cases(reals: list[Real] | None = None) -> list[Case]:
