@@ -7,9 +7,14 @@ The rivals of a comparison are written too, as configurations for vLLM's ``load_
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +32,9 @@ from benchmarks.shapes import SHAPES, Shape
 from vllm_vptq.format import LayerSpec, VPTQFormatError, parse_format, tensor_shapes
 
 DENSE, W4A16 = "dense", "w4a16"
-SHARD_BYTES = 2 << 30
-"""Tensors collected before a file is written: bounds memory to about twice this."""
+SHARD_BYTES = 1 << 30
+"""Tensors collected before a file is written. Each thread holds about twice this at most."""
+THREADS = min(os.cpu_count() or 1, 16)
 DENSE_STD = 0.02
 """Of embeddings, head and biases."""
 NORM_DEVIATIONS = 4.0
@@ -141,27 +147,38 @@ def module_tensors(spec: LayerSpec, dtype: torch.dtype, gen: np.random.Generator
 
 
 def _random_stream(shape: tuple[int, ...], bits: int, gen: np.random.Generator) -> Tensor:
-    """Rows of ``bits`` random bits each. Raw words: every sequence of bits is one of indices below a power of two."""
+    """Rows of ``bits`` random bits each: every sequence of bits is one of indices below a power of two."""
     count = int(np.prod(shape))
-    raw = gen.bit_generator.random_raw((count + 1) // 2)
+    # All of 64 bits: numpy then takes what the generator gives, without the interpreter's lock.
+    raw = gen.integers(0, 1 << 64, (count + 1) // 2, dtype=np.uint64)
     words = raw.view(np.uint32)[:count].reshape(shape)
     if bits % 32:
         words[..., -1] &= np.uint32((1 << bits % 32) - 1)
     return torch.from_numpy(words.view(np.int32))
 
 
-def _tensors(
-    shape: Shape, specs: dict[str, LayerSpec], dtype: torch.dtype, seed: int
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """All tensors of a checkpoint, a part of the model at a time, with the name of the part."""
+@dataclass(frozen=True)
+class _Part:
+    """A part of a checkpoint: its name for people, its size (but for norms and biases), and what makes its tensors."""
+
+    name: str
+    nbytes: int
+    make: Callable[[], dict[str, Tensor]]
+
+
+def _parts(shape: Shape, specs: dict[str, LayerSpec], dtype: torch.dtype, seed: int) -> list[_Part]:
+    """All of a checkpoint, in order."""
+    widths = {"indices": 4, "perm": 2}
+    ones = torch.ones(shape.hidden, dtype=dtype)
 
     def dense(name: str, *sizes: int) -> dict[str, Tensor]:
         return {name: _normal(sizes, DENSE_STD, dtype, _generator(seed, name))}
 
-    ones = torch.ones(shape.hidden, dtype=dtype)
-    yield "embedding", dense("model.embed_tokens.weight", shape.vocabulary, shape.hidden)
-    for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}."
+    def vocabulary(name: str) -> dict[str, Tensor]:
+        return dense(name, shape.vocabulary, shape.hidden)
+
+    def layer(index: int) -> dict[str, Tensor]:
+        prefix = f"model.layers.{index}."
         tensors = {f"{prefix}{name}.weight": ones.clone() for name in ("input_layernorm", "post_attention_layernorm")}
         for name, (outputs, _) in shape.linears().items():
             module = prefix + name
@@ -169,8 +186,19 @@ def _tensors(
             tensors |= {f"{module}.{key}": tensor for key, tensor in made.items()}
             if shape.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj")):
                 tensors |= dense(f"{module}.bias", outputs)
-        yield f"layer {layer + 1} of {shape.layers}", tensors
-    yield "head", {"model.norm.weight": ones} | dense("lm_head.weight", shape.vocabulary, shape.hidden)
+        return tensors
+
+    words = shape.vocabulary * shape.hidden * dtype.itemsize
+    coded = sum(
+        int(np.prod(sizes)) * widths.get(key, dtype.itemsize)
+        for name in shape.linears()
+        for key, sizes in tensor_shapes(specs[f"model.layers.0.{name}"]).items()
+    )
+    return [
+        _Part("embedding", words, lambda: vocabulary("model.embed_tokens.weight")),
+        *(_Part(f"layer {i + 1} of {shape.layers}", coded, partial(layer, i)) for i in range(shape.layers)),
+        _Part("head", words, lambda: {"model.norm.weight": ones} | vocabulary("lm_head.weight")),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -180,46 +208,41 @@ def _tensors(
 def _write_weights(
     out: Path, shape: Shape, specs: dict[str, LayerSpec], dtype: torch.dtype, seed: int, console: Console
 ) -> None:
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(pending, out / f"part-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
+    parts = _parts(shape, specs, dtype, seed)
+    shards: list[list[_Part]] = [[]]
+    for part in parts:
+        if sum(other.nbytes for other in shards[-1]) >= SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(part)
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    weight_map: dict[str, str] = {}
+    total, lock = 0, threading.Lock()
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     columns += (TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=_total_bytes(shape, specs, dtype))
-        for part, tensors in _tensors(shape, specs, dtype, seed):
-            pending |= tensors
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            total += size
-            if sum(tensor.nbytes for tensor in pending.values()) >= SHARD_BYTES:
-                flush()
-            progress.update(task, description=part, advance=size)
-        if pending:
-            flush()
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (out / f"part-{i}").rename(out / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
+        task = progress.add_task("", total=sum(part.nbytes for part in parts))
+
+        def write(i: int) -> None:
+            nonlocal total
+            tensors: dict[str, Tensor] = {}
+            for part in shards[i]:
+                tensors |= part.make()
+                progress.update(task, description=part.name, advance=part.nbytes)
+            save_file(tensors, out / files[i], metadata={"format": "pt"})
+            with lock:
+                weight_map.update(dict.fromkeys(tensors, files[i]))
+                total += sum(tensor.nbytes for tensor in tensors.values())
+
+        # Normal numbers take longest: first those files that have most of them, the embedding's and the head's.
+        order = sorted(range(len(shards)), key=lambda i: i not in (0, len(shards) - 1))
+        for done in [pool.submit(write, i) for i in order]:
+            done.result()
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _total_bytes(shape: Shape, specs: dict[str, LayerSpec], dtype: torch.dtype) -> int:
-    """Nearly: norms and biases of the dense parts are left out."""
-    widths = {"indices": 4, "perm": 2}
-    coded = sum(
-        int(np.prod(sizes)) * widths.get(key, dtype.itemsize)
-        for spec in specs.values()
-        for key, sizes in tensor_shapes(spec).items()
-    )
-    return coded + 2 * shape.vocabulary * shape.hidden * dtype.itemsize
 
 
 def write_tokenizer(out: Path, size: int) -> None:

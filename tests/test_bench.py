@@ -227,7 +227,7 @@ def test_rows_have_what_a_comparison_needs(folders, tmp_path):
     answer = json.loads((tmp_path / "a" / "out.json").read_text())
     assert answer["rows"][3] == {
         "model": "vptq", "shape": "1 layers of 256",
-        "format": "v8-k256-0", "kind": "vptq", "layout": "auto", "tp": 1, "batch": 4,
+        "format": "v8-k256-0", "kind": "vptq", "dtype": "float16", "layout": "auto", "tp": 1, "batch": 4,
         "tokens_per_s": 600.0, "ms_per_step": pytest.approx(4e3 / 600), "spread": 0.0, "weight_gib": 1.5,
     }  # fmt: skip
     assert answer["models"][0]["first_token_ms"] == 10 and answer["models"][0]["kv_cache_tokens"] == 1000

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
@@ -57,3 +63,50 @@ def test_the_same_degrees_as_vllm(rank, heads, kv_heads, tp):
                 kv_rank * layer.output_partition_sizes[1],
                 (kv_rank + 1) * layer.output_partition_sizes[1],
             )
+
+
+READER = """
+import ctypes, mmap, sys
+import torch
+from vllm_vptq.format import LayerSpec, tensor_shapes
+from vllm_vptq.parameters import Source
+
+split, part = sys.argv[1], int(sys.argv[2])
+spec = LayerSpec(8192, 8192, 8, 256, 256)
+memory = mmap.mmap(-1, 16 << 20)
+indices = torch.frombuffer(memory, dtype=torch.int32).reshape(1, 1024, 4096)
+indices.copy_(torch.arange(indices.numel()).mul_(2654435761).reshape(indices.shape))
+rows, columns = (0, 8192), (0, 8192)
+if split == "rows":
+    rows, keep = (2048 * part, 2048 * part + 2048), (slice(256 * part, 256 * part + 256), slice(None))
+else:
+    columns, keep = (2048 * part, 2048 * part + 2048), (slice(None), slice(1024 * part, 1024 * part + 1024))
+wanted = indices[0][keep].clone()
+protect = ctypes.CDLL(None).mprotect
+protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+assert mmap.PAGESIZE == 4096
+mine = torch.zeros(1024, 4, dtype=torch.bool)  # a vector row takes four pages
+mine[keep[0], slice(None) if split == "rows" else part] = True
+for page in (~mine).flatten().nonzero().flatten().tolist():
+    assert protect(indices.data_ptr() + page * 4096, 4096, 0) == 0
+books = {name: torch.randn(tensor_shapes(spec)[name]).half() for name in ("centroids.weight", "res_centroids.weight")}
+source = Source("m", spec, [rows], columns, spec.shape)
+for name, tensor in {"indices": indices, **books}.items():
+    source.take(name, tensor, torch.device("cpu"))
+((segment,),) = (shard.segments for shard in source.shards)
+assert torch.equal(segment.words, wanted)
+print("done", flush=True)
+if len(sys.argv) > 3:
+    indices.sum()  # to see that the rest cannot be read
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or mmap.PAGESIZE != 4096, reason="needs Linux and pages of 4 KiB")
+@pytest.mark.parametrize("more", [[], ["all"]], ids=["its part", "planted: all"])
+@pytest.mark.parametrize("split", ["rows", "columns"])
+def test_a_rank_reads_only_its_part_of_the_indices(split, more):
+    """The pages of the other three ranks end the process that reads them: maps of files are read as they are used."""
+    command = [sys.executable, "-c", READER, split, "2", *more]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr
+    assert done.returncode == (-signal.SIGSEGV if more else 0)

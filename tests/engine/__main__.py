@@ -51,6 +51,7 @@ def main(
         console.print(f"[red]error:[/red] {problem}", soft_wrap=True)
         sys.exit(2)
     gpus = [] if cpu else machine.nvidia_smi()
+    usable = 0 if cpu else len(machine.cards())
     head = {
         "date": str(date.today()),
         "gpus": [name for name, _ in gpus],
@@ -75,7 +76,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="vllm-vptq-engine-") as made:
         if scratch is not None:
             scratch.mkdir(parents=True, exist_ok=True)
-        found = Runner(scratch or Path(made), len(gpus), per_card, limit).run(chosen, done)
+        found = Runner(scratch or Path(made), usable, per_card, limit).run(chosen, done)
     console.print(table(found))
     failed = sum(row["result"] == "FAILED" for row in found)
     passed = sum(row["result"] == "passed" for row in found)

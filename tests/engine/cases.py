@@ -12,6 +12,7 @@ from typing import Any
 from tests.engine.compare import Agreement, Bound, DisagreementError, compare, identical
 from tests.engine.models import Model
 from tests.engine.worker import CHUNK
+from vllm_vptq.bench.process import load_seconds
 
 BOUNDS = {"float16": Bound(0.005, 0.05, 0.05), "bfloat16": Bound(0.04, 0.35, 0.35)}
 """Between a checkpoint and its dense twin, whose weights are rounded to 16 bits: about three times what a CPU's engine
@@ -19,6 +20,9 @@ differs by (float16 by 0.0014 and 0.009, bfloat16 by 0.014 and 0.07). Eight wron
 beyond: 0.033 and 0.74 in float16 (the case ``planted error``)."""
 FP8_BOUNDS = {name: Bound(3 * b.mean, 3 * b.worst, 3 * b.near_tie) for name, b in BOUNDS.items()}
 """A cache in 8 bits turns differences in the last bit of 16 into some in the last of its three."""
+REAL_BOUNDS = {name: Bound(2 * b.mean, 2 * b.worst, 2 * b.near_tie) for name, b in BOUNDS.items()}
+"""Of models with tens of layers: on a CPU, SmolLM2-135M's 30 differ by 0.0072 and 0.07 in float16, 0.060 and 0.40 in
+bfloat16."""
 OPTIONS: dict[str, Any] = {
     "max_model_len": 2304,
     "max_num_batched_tokens": CHUNK,
@@ -347,7 +351,8 @@ def bench() -> Case:
         assert latency["avg_latency"] > 0 and throughput["num_requests"] == 32
         return f"latency {latency['avg_latency'] * 1e3:.0f} ms, {throughput['tokens_per_second']:.0f} tokens/s"
 
-    return Case("vllm bench latency | throughput", {"vptq": Job(BASE, kind="bench")}, check, cpu=True)
+    model = replace(BASE, shape="wordy", twin=False)
+    return Case("vllm bench latency | throughput", {"vptq": Job(model, kind="bench")}, check, cpu=True)
 
 
 def memory(name: str, model: Model, layout: str, bits: float) -> Case:
@@ -390,9 +395,9 @@ def parallel(model: Model, tp: int, pp: int) -> Case:
         ranks = answers(outcomes["vptq"], 1)["ranks"]
         weights = " ".join(f"{rank['weights'] / 2**20:.0f}" for rank in ranks)
         host = max(rank["host_peak"] for rank in ranks) / 2**30
-        loads = re.findall(r"Model loading took .* memory and ([\d.]+) seconds", outcomes["vptq"]["log"])
-        loaded = max(map(float, loads), default=float("nan"))
-        return f"{found}; weights by rank {weights} MiB, host peak {host:.1f} GiB, loaded in {loaded:.1f} s"
+        seconds = load_seconds(outcomes["vptq"]["log"])
+        loaded = f"loaded in {seconds:.1f} s" if seconds is not None else "loading time not logged"
+        return f"{found}; weights by rank {weights} MiB, host peak {host:.1f} GiB, {loaded}"
 
     return Case(f"tp {tp} pp {pp} {model.format}", jobs, check, cpu=pp == 1 and tp == 2)
 
@@ -421,7 +426,8 @@ class Real:
 def real(model: Real) -> Case:
     step = ("ask", {"lengths": [1, 3, 9, 40, 200, 900], "seed": 900, "max_tokens": 32, "forced": True})
     options = {"dtype": model.dtype, "max_model_len": 1024}
-    return Case(f"real {model.name}", pair(model, options=options, steps=(step,)), twins_agree(model.dtype), cpu=True)
+    agree = twins_agree(model.dtype, REAL_BOUNDS)
+    return Case(f"real {model.name}", pair(model, options=options, steps=(step,)), agree, cpu=True)
 
 
 def all_cases(reals: list[Real] | None = None) -> list[Case]:

@@ -23,6 +23,8 @@ SHAPES = {
     "small": Shape("LlamaForCausalLM", "llama", 1024, 2816, 2, 8, 2, 128, VOCABULARY, 1e4),
     "narrow": Shape("LlamaForCausalLM", "llama", 768, 2048, 3, 12, 4, 64, VOCABULARY, 1e4),
     "large": Shape("LlamaForCausalLM", "llama", 4096, 14336, 4, 32, 8, 128, VOCABULARY, 1e4),
+    # `vllm bench latency` draws its tokens from the first ten thousand.
+    "wordy": Shape("LlamaForCausalLM", "llama", 1024, 2816, 2, 8, 2, 128, 10240, 1e4),
 }
 
 
@@ -63,8 +65,8 @@ class Model:
         gen = torch.Generator().manual_seed(self.seed)
         scale = HEAD_STD * shape.hidden**-0.5
         common = {
-            "model.embed_tokens.weight": torch.randn(VOCABULARY, shape.hidden, generator=gen).to(dtype),
-            "lm_head.weight": (scale * torch.randn(VOCABULARY, shape.hidden, generator=gen)).to(dtype),
+            "model.embed_tokens.weight": torch.randn(shape.vocabulary, shape.hidden, generator=gen).to(dtype),
+            "lm_head.weight": (scale * torch.randn(shape.vocabulary, shape.hidden, generator=gen)).to(dtype),
             "model.norm.weight": torch.ones(shape.hidden, dtype=dtype),
         }
         coded, dense, specs = {}, {}, {}
@@ -95,7 +97,7 @@ class Model:
             (out / name).mkdir(parents=True)
             save_file(common | tensors, out / name / "model.safetensors", metadata={"format": "pt"})
             (out / name / "config.json").write_text(json.dumps(shape.config(self.dtype) | more, indent=1))
-            write_tokenizer(out / name, VOCABULARY)
+            write_tokenizer(out / name, shape.vocabulary)
         self._write_adapter(out / "adapter")
 
     def _write_adapter(self, out: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from tests.engine.cases import OPTIONS, Case, Job
 from tests.engine.worker import ROOT
 from vllm_vptq.bench.process import cause, end_group
+from vllm_vptq.doctor import machine
 
 STAGE_KINDS = {"restarts": 4, "serve": 2, "bench": 2}
 """Kinds of jobs that start several processes one after the other: how many times the time limit they get."""
@@ -187,7 +188,8 @@ def environment(place: Path, cards: list[int] | None) -> dict[str, str]:
     if cards is None:
         more |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     else:
-        more |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, cards)), "OMP_NUM_THREADS": "2"}
+        ids = machine.cards()
+        more |= {"CUDA_VISIBLE_DEVICES": ",".join(ids[card] for card in cards), "OMP_NUM_THREADS": "2"}
         # NVLink multicast is a resource of the whole host; other users of it may not like to share it.
         more |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
     return os.environ | more

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import socket
 import subprocess
@@ -141,14 +140,14 @@ def _used() -> int:
 
 def rank_memory(worker: Any) -> dict[str, int]:
     """Bytes of weights, and the most CPU memory that the process has held. Runs in vLLM's workers."""
-    from vllm_vptq.bench.worker import weight_bytes
+    from vllm_vptq.bench.worker import host_peak, weight_bytes
 
     layers = [m for m in worker.get_model().modules() if getattr(m, "vptq_layout", None) is not None]
     coded = [getattr(m, name) for m in layers for name in m.vptq_layout.tensor_names]
     return {
         "weights": weight_bytes(worker),
         "coded": sum(t.nbytes for t in coded if t is not None),
-        "host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "host_peak": host_peak(worker),
     }
 
 

@@ -32,24 +32,30 @@ def run(contestants: Sequence[Contestant], settings: Settings, path: Path | None
             with console.status(Text(f"{contestant.title}: starting vLLM")) as status:
                 for event in process.run(contestant, settings):
                     results.add(contestant, settings.tp, event)
-                    console.print(Text(f"{contestant.title}: {_sentence(event)}"), soft_wrap=True)
+                    console.print(Text(f"{contestant.title}: {sentence(event)}"), soft_wrap=True)
                     status.update(Text(f"{contestant.title}: measuring"))
         except BenchError as error:
             failed = True
             console.print(Text(f"error: {error}", "red"), soft_wrap=True)
+    finish(results, console)
+    return not failed
+
+
+def finish(results: Results, console: Console) -> None:
+    """Prints the tables and draws the picture, if anything was measured."""
     if results.models:
         console.print()
         table.show(results, console)
         console.print(Text(f"\nwritten to {results.path}{_draw(results)}"), soft_wrap=True)
-    return not failed
 
 
-def _sentence(event: dict[str, Any]) -> str:
+def sentence(event: dict[str, Any]) -> str:
+    """An event for people."""
     match event["event"]:
         case "started":
             return (
-                f"started in {event['start_s']:.0f} s on {event['device']}, {event['weight_gib']:.2f} GiB of weights, "
-                f"room for {event['kv_cache_tokens']:,} tokens"
+                f"started in {event['start_s']:.0f} s on {event['device']}{_loading(event)}, "
+                f"{event['weight_gib']:.2f} GiB of weights, room for {event['kv_cache_tokens']:,} tokens"
             )
         case "first_token":
             return f"first token after {event['first_token_ms']:.1f} ms"
@@ -57,6 +63,10 @@ def _sentence(event: dict[str, Any]) -> str:
             return (
                 f"batch {event['batch']}: {event['ms_per_step']:.2f} ms a step, {event['tokens_per_s']:,.0f} tokens/s"
             )
+
+
+def _loading(event: dict[str, Any]) -> str:
+    return f" ({event['load_s']:.1f} s of it loading)" if event.get("load_s") else ""
 
 
 def _draw(results: Results) -> str:

@@ -28,7 +28,7 @@ def default_path() -> Path:
 
 
 class Results:
-    """``rows``, one for a model and batch, and ``models``, with what is measured once for each.
+    """``rows``, one for a model and batch, ``models``, with what is measured once for each, ``rooms`` on small cards.
 
     A file that exists is continued: models measured again replace their former figures, others stay.
     """
@@ -46,6 +46,7 @@ class Results:
         }
         self.models: list[Row] = []
         self.rows: list[Row] = []
+        self.rooms: list[Row] = []
         if path.exists():
             self._continue()
         try:
@@ -55,8 +56,7 @@ class Results:
 
     def add(self, contestant: Contestant, tp: int, event: Mapping[str, Any]) -> None:
         """Takes a worker's event and writes the file."""
-        key = {name: getattr(contestant, name) for name in ("shape", "format", "kind", "layout")}
-        key = {"model": contestant.name, **key, "tp": tp}
+        key = _key(contestant, tp)
         values = {name: value for name, value in event.items() if name not in ("event", "versions", "device")}
         if event["event"] == "started":
             self._check_versions(event["versions"])
@@ -67,6 +67,13 @@ class Results:
             self.model(key).update(values)
         else:
             self.rows.append(key | values | {"weight_gib": self.model(key)["weight_gib"]})
+        self._write()
+
+    def add_room(self, contestant: Contestant, card_gb: float, event: Mapping[str, Any]) -> None:
+        """Takes what a worker says of its start with the memory of a card of ``card_gb`` GB, and writes the file."""
+        key = _key(contestant, 1) | {"card_gb": card_gb}
+        self.rooms = [row for row in self.rooms if not (same(row, key) and row["card_gb"] == card_gb)]
+        self.rooms.append(key | {name: event[name] for name in ("weight_gib", "kv_cache_tokens")})
         self._write()
 
     def model(self, key: Mapping[str, Any]) -> Row:
@@ -83,10 +90,10 @@ class Results:
         return sorted({row["batch"] for row in self.rows})
 
     def dense(self, rows: list[Row], row: Row) -> Row | None:
-        """The one of ``rows`` (or ``models``) to compare a row with: dense, of its shape, cards and batch."""
+        """The one of ``rows`` (or ``models``) to compare a row with: dense, of its shape, dtype, cards and batch."""
 
         def comparable(other: Row) -> bool:
-            return all(other.get(name) == row.get(name) for name in ("shape", "tp", "batch"))
+            return all(other.get(name) == row.get(name) for name in ("shape", "dtype", "tp", "batch"))
 
         return next((other for other in rows if other["kind"] == "dense" and comparable(other)), None)
 
@@ -99,6 +106,7 @@ class Results:
                         f"{self.path} was measured with another {name} ({before[name]}); choose another --out"
                     )
             self.models, self.rows = before["models"], before["rows"]
+            self.rooms = before.get("rooms", [])
             own, self.head["versions"] = self.head["versions"], before["versions"]
             self._check_versions(own)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -112,7 +120,7 @@ class Results:
 
     def _write(self) -> None:
         """In one go: a file half written would lose all."""
-        lists = {"models": self.models, "rows": self.rows}
+        lists = {"models": self.models, "rows": self.rows} | ({"rooms": self.rooms} if self.rooms else {})
         head = json.dumps(self.head, indent=1)[:-2]
         parts = (
             f' "{name}": [\n' + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]"
@@ -134,6 +142,11 @@ def _shared(settings: Settings) -> Row:
     """What must be alike for rows to be comparable: neither which batches, nor on how many cards."""
     left_out = ("tp", "batches")
     return {name: value for name, value in asdict(settings).items() if name not in left_out}
+
+
+def _key(contestant: Contestant, tp: int) -> Row:
+    known = {name: getattr(contestant, name) for name in ("shape", "format", "kind", "dtype", "layout")}
+    return {"model": contestant.name, **known, "tp": tp}
 
 
 def same(row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:

@@ -21,7 +21,9 @@ class Settings:
     """One comparison's. Lengths are in tokens; ``prompt_tokens`` 0 leaves the time to the first token out.
 
     ``batches``: sequences decoded at once. Each has a prompt of ``input_tokens`` and generates ``steps`` tokens.
-    ``max_model_len`` None is as short as the lengths allow, which leaves the most room for the KV cache.
+    ``max_model_len`` None is as short as the lengths allow, which leaves the most room for the KV cache, and
+    ``kv_cache_gib`` None takes what ``gpu_memory_utilization`` leaves for it. ``max_num_batched_tokens`` None is vLLM's
+    own.
     """
 
     tp: int = 1
@@ -34,6 +36,8 @@ class Settings:
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
+    kv_cache_gib: float | None = None
+    max_num_batched_tokens: int | None = None
 
     @property
     def model_len(self) -> int:
@@ -58,14 +62,15 @@ class Settings:
 class Contestant:
     """A model to measure. ``kind`` is ``vptq``, or ``dense`` or ``w4a16``, which are loaded with random weights.
 
-    ``shape`` tells which models are the same but for their format. ``layout`` is the one asked for by
-    ``VLLM_VPTQ_LAYOUT``, None for rivals.
+    ``shape`` tells which models are the same but for their format. ``dtype`` is the checkpoint's. ``layout`` is the one
+    asked for by ``VLLM_VPTQ_LAYOUT``, None for rivals.
     """
 
     folder: Path
     kind: str
     format: str
     shape: str
+    dtype: str
     layout: str | None = None
 
     @property
@@ -87,17 +92,18 @@ class Contestant:
         """Reads from ``config.json`` what the model is; VPTQFormatError or BenchError if it is not of its ``kind``."""
         config = read_config(folder)
         section, shape = config.get("quantization_config"), _shape(config)
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "unknown")
         if kind == "vptq":
             specs = read_layer_specs(config)
             formats = Counter(spec.format_name for spec in (*specs.layers.values(), *specs.shared.values()))
             most = formats.most_common(1)[0][0]
             name = most if len(formats) == 1 else f"{most} and {len(formats) - 1} more"
-            return cls(folder, kind, name, shape, os.environ.get("VLLM_VPTQ_LAYOUT", "auto"))
+            return cls(folder, kind, name, shape, dtype, os.environ.get("VLLM_VPTQ_LAYOUT", "auto"))
         if kind == "dense":
             if section:
                 raise BenchError(f"{folder}: has a quantization_config; --dense takes a model without one")
-            return cls(folder, kind, str(config.get("dtype") or config.get("torch_dtype") or "dense"), shape)
-        return cls(folder, kind, _integer_format(folder, section), shape)
+            return cls(folder, kind, dtype, shape, dtype)
+        return cls(folder, kind, _integer_format(folder, section), shape, dtype)
 
 
 def _shape(config: dict[str, Any]) -> str:

@@ -11,10 +11,10 @@ from vllm_vptq.bench.results import Results, Row
 
 def show(results: Results, console: Console) -> None:
     """Prints memory and times of each model, then its tokens per second at each batch."""
-    sizes = _table("model", "format", "tp", "start s", "weights GiB", "KV tokens", "first token ms")
+    sizes = _table("model", "format", "tp", "start s", "load s", "weights GiB", "KV tokens", "first token ms")
     for row in results.models:
         dense = results.dense(results.models, row)
-        cells = [_cell(row, dense, name, places) for name, places in _SIZES.items()]
+        cells = [_cell(row, None, "load_s", 1), *(_cell(row, dense, *size) for size in _SIZES.items())]
         sizes.add_row(*map(Text, (*_names(row), f"{row['start_s']:.0f}", *cells)))
     speeds = _table("model", "format", "tp", *(f"batch {batch}" for batch in results.batches))
     for row in results.models:
@@ -23,6 +23,13 @@ def show(results: Results, console: Console) -> None:
     console.print(sizes)
     console.print("\ndecoding, tokens per second (in brackets: times the dense model on as many cards)", style="dim")
     console.print(speeds)
+    if results.rooms:
+        rooms = _table("model", "format", "of a card's GB", "weights GiB", "KV tokens")
+        for row in results.rooms:
+            room = (f"{row['card_gb']:g}", f"{row['weight_gib']:.2f}", f"{row['kv_cache_tokens']:,}")
+            rooms.add_row(*map(Text, (*_names(row)[:2], *room)))
+        console.print("\nroom for the KV cache on a smaller card", style="dim")
+        console.print(rooms)
 
 
 _SIZES = {"weight_gib": 2, "kv_cache_tokens": 0, "first_token_ms": 1}

@@ -2,7 +2,8 @@
 
     python -m vllm_vptq.bench.worker '{"model": "DIR", "batches": [1, 8], "steps": 128}'
 
-Keys are ``model``, ``load_format`` and the fields of ``settings.Settings``. Whatever vLLM prints goes to stderr.
+Keys are ``model``, ``load_format``, the fields of ``settings.Settings``, and ``wait``: to measure once a line comes in
+on stdin, not as soon as the engine has started. Whatever vLLM prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import statistics
 import sys
 import time
@@ -23,7 +25,7 @@ from vllm_vptq.bench.settings import Settings
 Event = dict[str, Any]
 
 
-def events(model: str, load_format: str, settings: Settings) -> Iterator[Event]:
+def events(model: str, load_format: str, settings: Settings, wait: bool = False) -> Iterator[Event]:
     """``started`` with sizes and versions, ``first_token`` unless left out, and ``decode`` for each batch."""
     # The weights are counted by a function sent to vLLM's processes, all of which are this run's own.
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
@@ -32,9 +34,13 @@ def events(model: str, load_format: str, settings: Settings) -> Iterator[Event]:
     from vllm.platforms import current_platform
 
     begin = time.perf_counter()
-    graphs = (
-        {} if settings.enforce_eager else {"compilation_config": {"cudagraph_capture_sizes": list(settings.batches)}}
-    )
+    more: dict[str, Any] = {}
+    if not settings.enforce_eager:
+        more["compilation_config"] = {"cudagraph_capture_sizes": list(settings.batches)}
+    if settings.kv_cache_gib is not None:
+        more["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+    if settings.max_num_batched_tokens is not None:
+        more["max_num_batched_tokens"] = settings.max_num_batched_tokens
     llm = vllm.LLM(
         model,
         load_format=load_format,
@@ -48,7 +54,7 @@ def events(model: str, load_format: str, settings: Settings) -> Iterator[Event]:
         skip_tokenizer_init=True,
         disable_log_stats=True,
         seed=0,
-        **graphs,
+        **more,
     )
     start_s = time.perf_counter() - begin
     engine = llm.llm_engine.vllm_config
@@ -69,10 +75,13 @@ def events(model: str, load_format: str, settings: Settings) -> Iterator[Event]:
         "event": "started",
         "start_s": round(start_s, 2),
         "weight_gib": round(max(llm.collective_rpc(weight_bytes)) / 2**30, 6),
+        "host_peak_gib": round(max(llm.collective_rpc(host_peak)) / 2**30, 2),
         "kv_cache_tokens": kv_cache_tokens(engine.cache_config),
         "device": current_platform.get_device_name(),
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
     }
+    if wait:
+        sys.stdin.readline()
     yield from measure(settings, seconds)
 
 
@@ -106,6 +115,11 @@ def weight_bytes(worker: Any) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def host_peak(_worker: Any) -> int:
+    """The most CPU memory that a rank's process has held, in bytes, pages of mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def kv_cache_tokens(cache: Any) -> int:
     """Room in the KV cache; newer vLLMs say it outright."""
     said = getattr(cache, "kv_cache_size_tokens", None)
@@ -118,15 +132,15 @@ def main(job: str) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     known: dict[str, Any] = json.loads(job)
-    model, load_format = known.pop("model"), known.pop("load_format", "auto")
+    model, load_format, wait = known.pop("model"), known.pop("load_format", "auto"), known.pop("wait", False)
     settings = Settings(**known | {"batches": tuple(known.get("batches", Settings.batches))})
-    for event in itertools.chain(events(model, load_format, settings), [{"event": "done"}]):
+    for event in itertools.chain(events(model, load_format, settings, wait), [{"event": "done"}]):
         print(json.dumps(event), file=out, flush=True)
 
 
 def job(model: str, load_format: str, settings: Settings) -> str:
-    """The argument of this module for a measurement."""
-    return json.dumps({"model": model, "load_format": load_format, **asdict(settings)})
+    """The argument of this module for a measurement that waits to be told to begin."""
+    return json.dumps({"model": model, "load_format": load_format, "wait": True, **asdict(settings)})
 
 
 if __name__ == "__main__":

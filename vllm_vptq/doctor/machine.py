@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections import Counter
@@ -110,6 +111,12 @@ def ninja_fact() -> Fact:
         return Fact("ninja", ninja_folder(), True)
     except BuildError as error:
         return Fact("ninja", str(error), False)
+
+
+def cards() -> list[str]:
+    """The GPUs that processes may be given, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(len(nvidia_smi()))] if chosen is None else [c for c in chosen.split(",") if c]
 
 
 def nvidia_smi() -> list[tuple[str, str]]:

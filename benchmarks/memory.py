@@ -1,0 +1,80 @@
+"""What known models take in GPU memory by format and layout, from their shapes: ``python -m benchmarks.memory``.
+
+The sum of what ``layouts/memory.py`` says of each layer (``auto`` decides by it; tests hold it against what packing
+makes), norms, and 16-bit embeddings and head. No KV cache, no activations.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.shapes import SHAPES, Shape
+from vllm_vptq.format import parse_format
+from vllm_vptq.layouts.memory import LAYOUTS, measure
+from vllm_vptq.parameters import ModuleShard, Segment
+
+MODELS = ("Llama-3.1-8B", "Qwen2.5-14B", "Llama-3.1-70B", "Qwen2.5-72B", "Mistral-Large-2407")
+FORMATS = (
+    "v8-k256-256", "v6-k4096", "v12-k4096-4096", "v8-k65536", "v8-k65536-256", "v16-k65536-65536", "v8-k65536-65536"
+)  # fmt: skip
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
+"""Modules that vLLM makes one layer of."""
+
+
+def module(format_name: str, outputs: int, inputs: int) -> ModuleShard:
+    """A module of a format, whose indices take no memory here."""
+    v, k, r = parse_format(format_name)
+    bits = [max(n, 1).bit_length() - 1 for n in (k, r)]
+    words = torch.empty(-(-outputs // v), -(-inputs * sum(bits) // 32), dtype=torch.int32, device="meta")
+    books = [torch.empty(n, v, dtype=torch.float16) if n else None for n in (k, r)]
+    segment = Segment(v, *bits, inputs, 0, words, None, *books)
+    return ModuleShard(outputs, inputs, (segment,))
+
+
+def weights(shape: Shape, format_name: str) -> dict[str, int]:
+    """Bytes of all weights of a model in each layout; layouts that are the same as a smaller one are there too."""
+    total = dict.fromkeys(LAYOUTS, 0)
+    for names in FUSED:
+        sizes = [size for name, size in shape.linears().items() if name.endswith(names)]
+        layer = measure([module(format_name, *size) for size in sizes], LAYOUTS).nbytes
+        layer.setdefault("aligned", layer["stationary"])
+        norms = sum(2 * 2 * inputs for _, inputs in sizes)
+        for layout in LAYOUTS:
+            total[layout] += shape.layers * (layer[layout] + norms)
+    return {layout: size + unquantized(shape) for layout, size in total.items()}
+
+
+def unquantized(shape: Shape) -> int:
+    """Bytes of embeddings and head."""
+    return 2 * 2 * shape.vocabulary * shape.hidden
+
+
+def rivals(shape: Shape) -> dict[str, int]:
+    """Bytes in 16 bits, and in 4 with a 16-bit scale for each group of 128."""
+    linears = shape.layers * sum(outputs * inputs for outputs, inputs in shape.linears().values())
+    rest = unquantized(shape)
+    return {"16 bits": 2 * linears + rest, "4 bits, groups of 128": int(linears * (4 + 16 / 128) / 8) + rest}
+
+
+def table(models: list[str]) -> str:
+    """In Markdown, GiB: one figure for the 16- and 4-bit models, ``compact / aligned / stationary`` for formats."""
+    lines = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    for name in rivals(SHAPES[models[0]]):
+        lines.append(f"| {name} | " + " | ".join(f"{rivals(SHAPES[m])[name] / 2**30:.1f}" for m in models) + " |")
+    for format_name in FORMATS:
+        sizes = [weights(SHAPES[model], format_name) for model in models]
+        cells = (" / ".join(f"{size[layout] / 2**30:.1f}" for layout in LAYOUTS) for size in sizes)
+        lines.append(f"| {format_name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(models: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SHAPES)}.")] = None) -> None:
+    """Prints GiB of weights: compact / aligned / stationary."""
+    print(table(models or list(MODELS)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
