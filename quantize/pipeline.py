@@ -45,6 +45,11 @@ def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Pl
     blocks = decoder_blocks(model)
     make_plan(blocks, recipe)  # or hours would pass before its mistakes were seen
     _require_space(out, model)
+    if recipe.finetune.steps and not fits(model, devices[0]):
+        raise QuantizeError(
+            f"training end to end needs the model on {devices[0]} twice, and it is too large for that; choose a recipe "
+            "without: finetune: {steps: 0}"
+        )
 
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
     if "calibration" not in parts:
