@@ -37,6 +37,7 @@ from benchmarks.shapes import SHAPES, Shape
 from quantize import native
 from quantize.blocks import quantize_block
 from quantize.devices import be_deterministic, choose_devices, peak_host_memory
+from quantize.drift import Original
 from quantize.estimate import planned
 from quantize.model import decoder_blocks, first_inputs
 from quantize.parts import Parts
@@ -215,8 +216,9 @@ def coded_block(
         parts = Parts(Path(folder) / "out", {})
         run = Run(model, None, decoder_blocks(model), recipe, parts, Progress(parts), ids.to(device), devices)
         batches = first_inputs(model, run.blocks, run.id_batches())
+        reference = Original(batches) if recipe.drifts else None
         started = time.perf_counter()
-        seconds = quantize_block(run, plan, 0, batches, None)
+        seconds = quantize_block(run, plan, 0, batches, None, reference)
         total = time.perf_counter() - started
         records = [parts.record(name) for name in plan.specs]
         tensors = {f"{name}.{key}": value for name in plan.specs for key, value in parts.load(name).items()}
@@ -233,6 +235,7 @@ def coded_block(
     row = {
         "effective_bits": round(plan.bits, 4),
         "weights_per_block": plan.weights,
+        "correction": recipe.correction,
         "blocks": shape.layers,
         "block_s": round(total, 2),
         "model_min": round(total * shape.layers / 60, 1),

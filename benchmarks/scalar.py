@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--method", choices=("rtn", "gptq"), required=True)
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group", type=int, required=True, help="inputs that share a scale; must divide all layers'")
-    parser.add_argument("--calibration", help="as of vptq-quantize run; rtn needs none")
+    parser.add_argument("--calibration", action="append", help="as of vptq-quantize run; rtn needs none")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=40960)

@@ -61,15 +61,7 @@ def quantize_block(
             missing = [name for name in stage if name not in run.parts]
             if missing:
                 with clock("moments"):
-                    targets = {name: block.linears[name].weight.data for name in missing}
-                    moments = None
-                    if reference is not None and twin is not None:
-                        cross, moment = drift(i, block, twin, stage[0], batches, reference)
-                        part = run.recipe.correction
-                        targets = {name: corrected(w, cross, moment, part) for name, w in targets.items()}
-                        moments = dict.fromkeys(stage, moment)
-                    if moments is None or weights is not None:
-                        moments = collect(i, block, stage, batches, weights)
+                    targets, moments = _targets(run, i, block, stage, missing, batches, weights, reference, twin)
                 with clock("layers"):
                     _solve_stage(run, targets, block, plan.layers, moments)
                 del moments, targets
@@ -93,6 +85,29 @@ def quantize_block(
         with clock("forward"):
             _advance(i, block, batches, hidden)
     return dict(clock.seconds)
+
+
+def _targets(
+    run: Run,
+    i: int,
+    block: Block,
+    stage: list[str],
+    missing: list[str],
+    batches: list[Batch],
+    weights: Weights | None,
+    reference: Original | None,
+    twin: torch.nn.Module | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the missing linears of a stage are coded towards, and the second moments that say how."""
+    targets = {name: block.linears[name].weight.data for name in missing}
+    moments = {}
+    if reference is not None and twin is not None:
+        cross, moment = drift(i, block, twin, stage[0], batches, reference)
+        targets = {name: corrected(w, cross, moment, run.recipe.correction) for name, w in targets.items()}
+        moments = dict.fromkeys(stage, moment)
+    if not moments or weights is not None:
+        moments = collect(i, block, stage, batches, weights)
+    return targets, moments
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ Row = Mapping[str, Any]
 SELF = "self"
 
 _MIN_P = 0.02
+_WHOLE = 1 << 40
 
 
 def calibration_tokens(model: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Tensor:
@@ -131,9 +132,9 @@ def _self_written(model: Any, tokenizer: Any, count: int, recipe: Recipe, progre
     opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if opening is not None:
         first[::2] = opening
-    with torch.random.fork_rng():
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
-        device = next(model.parameters()).device
         return sample(model, first.to(device), recipe.context, progress).cpu()
 
 
@@ -150,12 +151,13 @@ def sample(model: Any, ids: Tensor, length: int, progress: Progress) -> Tensor:
             logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1].float()
             chances = torch.softmax(logits, dim=-1)
             chances *= chances >= _MIN_P * chances.amax(dim=-1, keepdim=True)
-            # torch.multinomial draws a number for every entry of the vocabulary, which takes longer than the model.
-            below = chances.double().cumsum(1)
-            if not bool(torch.isfinite(below[:, -1]).all()):
+            if not bool(torch.isfinite(chances.sum(1)).all()):
                 raise QuantizeError("the model's output is not finite, so it cannot write its calibration text")
-            drawn = torch.rand(len(ids), 1, dtype=below.dtype, device=below.device) * below[:, -1:]
-            step = torch.searchsorted(below, drawn, right=True).clamp_max(below.shape[1] - 1)
+            # torch.multinomial draws a number for every entry of the vocabulary, which takes longer than the model.
+            # Whole numbers, because a GPU may add up others in any order.
+            below = (chances.double() * _WHOLE).long().cumsum(1)
+            drawn = torch.rand(len(ids), 1, dtype=torch.float64, device=below.device) * below[:, -1:]
+            step = torch.searchsorted(below, drawn.long(), right=True).clamp_max(below.shape[1] - 1)
             ids = torch.cat([ids, step], dim=1)
             progress((done + 1) * len(ids), length * len(ids))
     return ids

@@ -123,12 +123,15 @@ def plan(
 ) -> None:
     """Says what a run would do, without weights or work: layers, bits, bytes, an estimate of time and memory."""
     from quantize.estimate import estimate, planned, table
-    from quantize.model import load_shapes
+    from quantize.model import decoder_blocks, load_shapes
+    from quantize.plan import left_dense_note
 
     chosen = Recipe.load(recipe, preset, bits=bits)
     loaded = load_shapes(model)
     made = planned(loaded, chosen)
     _console.print(table(made))
+    if note := left_dense_note(decoder_blocks(loaded)):
+        _console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     if chosen.bits is not None and chosen.allocation == "measured":
         _console.print(
             "which layer gets which books is for the run to measure; here all weights count alike", soft_wrap=True

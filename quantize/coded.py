@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vllm_vptq.format import LayerSpec, column_blocks
 
@@ -12,12 +13,16 @@ class CodedLinear(nn.Module):
     """``y = x W^T + b`` with W decoded from float32 parameters on every call, in the dtype of x.
 
     Parameters carry the names of the format (``centroids``, ``res_centroids``, ``outlier_centroids``, ``weight_scale``,
-    ``weight_bias``) and its shapes; :meth:`tensors` gives them back in the dtype of the books on disk.
+    ``weight_bias``) and its shapes; :meth:`tensors` gives them back in the dtype of the books on disk. With
+    ``recompute`` W is decoded again for the backward pass, not kept until then: some 6 bytes a weight.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], spec: LayerSpec, bias: Tensor | None) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], spec: LayerSpec, bias: Tensor | None, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.recompute = recompute
         self.bias = bias
         self._stored = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
         for name in self._stored:
@@ -55,6 +60,12 @@ class CodedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        if self.recompute and torch.is_grad_enabled():
+            product: Tensor = checkpoint(self._product, x, use_reentrant=False, preserve_rng_state=False)
+            return product
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight().to(x.dtype), bias)
 

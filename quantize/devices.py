@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from quantize.errors import QuantizeError
@@ -40,6 +41,15 @@ def be_deterministic() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     # Filling new memory would only hide that it is read before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def repeatable_gradients(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """For backward passes: attention as plain products on a GPU, whose fused kernels add up gradients atomically.
+
+    torch's own switch makes them deterministic only where it may also refuse whatever cannot be.
+    """
+    kernel: contextlib.AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return kernel if device.type == "cuda" else contextlib.nullcontext()
 
 
 def share(devices: Sequence[torch.device], jobs: Sequence[Job[T]]) -> list[T]:

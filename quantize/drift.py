@@ -27,7 +27,9 @@ class Original:
     """The original's activations on their way, beside those of the coded prefix."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = [Batch(batch.hidden.clone(), batch.arguments) for batch in batches]
+        # Where the others are: what waits in the host's memory stays pinned.
+        copies = [torch.empty_like(b.hidden, pin_memory=b.hidden.is_pinned()).copy_(b.hidden) for b in batches]
+        self.batches = [Batch(copied, b.arguments) for copied, b in zip(copies, batches, strict=True)]
 
     @contextlib.contextmanager
     def beside(self, i: int, block: Block) -> Iterator[nn.Module]:
@@ -77,7 +79,7 @@ def _input(i: int, module: nn.Module, linear: nn.Linear, batch: Batch) -> Tensor
     with contextlib.suppress(Stop):
         batch.run(i, module)
     hook.remove()
-    return seen[0] if seen else torch.empty(0, linear.in_features)
+    return seen[0] if seen else torch.empty(0, linear.in_features, device=linear.weight.device)
 
 
 def corrected(weight: Tensor, cross: Tensor, moment: Tensor, share: float) -> Tensor:

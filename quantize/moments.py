@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from quantize.devices import streamed
+from quantize.devices import repeatable_gradients, streamed
 from quantize.errors import QuantizeError
 from quantize.hessian import SecondMoment
 from quantize.model import Batch, Block, Stop
@@ -107,7 +107,8 @@ def output_gradients(
     model.requires_grad_(False)
     embeddings: nn.Module = model.get_input_embeddings()
     hooks.append(embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_()))
-    with streamed(model, [block.module for block in blocks], batches[0].device):
+    device = batches[0].device
+    with streamed(model, [block.module for block in blocks], device), repeatable_gradients(device):
         for ids in batches:
             logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
             nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()

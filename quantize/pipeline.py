@@ -15,11 +15,12 @@ from quantize.blocks import quantize_blocks
 from quantize.calibration import calibration_tokens, writes_itself
 from quantize.devices import be_deterministic, choose_devices, fits, resident
 from quantize.errors import QuantizeError
+from quantize.estimate import planned
 from quantize.export import Exporter
 from quantize.model import Block, decoder_blocks, first_inputs, load
 from quantize.moments import Weights, output_gradients
 from quantize.parts import Parts
-from quantize.plan import Plan, make_plan
+from quantize.plan import Plan, left_dense_note, make_plan
 from quantize.recipe import LayerRecipe, Recipe
 from quantize.report import Report
 from quantize.run import BATCH_TOKENS, Run, tuned_part
@@ -43,8 +44,14 @@ def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Pl
     report.stage("loading the model")
     model, tokenizer = load(source)
     blocks = decoder_blocks(model)
-    make_plan(blocks, recipe)  # or hours would pass before its mistakes were seen
+    planned(model, recipe)  # or hours would pass before its mistakes were seen
+    report.note(left_dense_note(blocks))
     _require_space(out, model)
+    if recipe.finetune.steps and not fits(model, devices[0]):
+        raise QuantizeError(
+            f"training end to end needs the model on {devices[0]} twice, and it is too large for that; choose a recipe "
+            "without: finetune: {steps: 0}"
+        )
 
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
     if "calibration" not in parts:

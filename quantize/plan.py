@@ -43,7 +43,7 @@ class Plan:
 
 
 def make_plan(blocks: list[Block], recipe: Recipe, chosen: Mapping[str, LayerRecipe] | None = None) -> Plan:
-    """What a recipe gives a model's linears, or what was ``chosen`` for them.
+    """What a recipe gives a model's linears, or what was ``chosen`` for them, as it must be where ``bits`` choose.
 
     QuantizeError if nothing is left to quantize, if the format can't hold a layer, or if one grows larger than dense.
     """
@@ -58,6 +58,8 @@ def make_plan(blocks: list[Block], recipe: Recipe, chosen: Mapping[str, LayerRec
     if not layers:
         raise QuantizeError("the recipe skips every linear layer; nothing to quantize")
     plan = Plan(layers, shapes)
+    if recipe.bits is not None and chosen is None:
+        return plan  # its books are yet to be chosen
     for name, (out, columns) in shapes.items():
         if columns > 1 << 16 and layers[name].perm:
             raise QuantizeError(f"{name}: perm holds 16-bit columns and this layer has {columns}; set perm to false")
@@ -72,3 +74,27 @@ def make_plan(blocks: list[Block], recipe: Recipe, chosen: Mapping[str, LayerRec
             "use fewer centroids for layers this small"
         )
     return plan
+
+
+def left_dense(blocks: list[Block]) -> dict[str, int]:
+    """Matrices of the blocks that are no ``nn.Linear``, say experts in one tensor, with their sizes: they stay dense.
+
+    Those below a hundredth of their block are left out.
+    """
+    found = {}
+    for block in blocks:
+        inside = {f"{name}.weight" for name in block.linears}
+        least = sum(parameter.numel() for parameter in block.module.parameters()) / 100
+        for name, parameter in block.module.named_parameters(block.name):
+            if name not in inside and parameter.ndim > 1 and parameter.numel() > least:
+                found[name] = parameter.numel()
+    return found
+
+
+def left_dense_note(blocks: list[Block]) -> str | None:
+    """A line that says so to the user; None where there is nothing to say."""
+    left = left_dense(blocks)
+    if not left:
+        return None
+    share = sum(left.values()) / sum(p.numel() for block in blocks for p in block.module.parameters())
+    return f"{100 * share:.0f} % of the blocks' weights are in no nn.Linear and stay dense, first {next(iter(left))}"

@@ -60,6 +60,11 @@ class Report:
             soft_wrap=True,
         )
 
+    def note(self, text: str | None) -> None:
+        """Says what the user should know before it takes hours, if there is anything."""
+        if text:
+            self.console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
+
     def layer(self, name: str, spec: LayerSpec, error: float, done: int, total: int) -> None:
         """A layer is coded, with this error relative to the weight, in the norm that its inputs give."""
         self.progress(done, total)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.coded import CodedLinear
-from quantize.devices import resident
+from quantize.devices import repeatable_gradients, resident
 from quantize.finetune import Training, replace_linears, trainable, tune_block, tune_model
 from quantize.model import Batch, Block
 from quantize.plan import Plan
@@ -31,7 +31,8 @@ def finetune_block(
     settings = run.recipe.finetune_blocks
     training = Training(trainable(copy_.module), settings.rate, settings.steps)
     inputs = [batch.ordinary() for batch in batches]
-    errors = tune_block(lambda j: inputs[j].run(i, copy_.module), wanted, training)
+    with repeatable_gradients(run.device):
+        errors = tune_block(lambda j: inputs[j].run(i, copy_.module), wanted, training)
     parameters = {f"{prefix}{name}": parameter for name, parameter in training.parameters.items()}
     run.parts.save(tuned_part(block), _tuned_tensors(run, coded, parameters))
     return errors
@@ -67,7 +68,8 @@ def _coded_linears(run: Run, plan: Plan, names: list[str]) -> dict[str, CodedLin
         bias = run.model.get_submodule(name).bias
         if bias is not None:
             bias = nn.Parameter(run.trained(name).get(f"{name}.bias", bias.detach()).to(run.device, copy=True))
-        coded[name] = CodedLinear(tensors, plan.specs[name], bias)
+        # A GPU decodes faster than a model's worth of decoded weights could be kept.
+        coded[name] = CodedLinear(tensors, plan.specs[name], bias, recompute=run.device.type == "cuda")
     return coded
 
 
@@ -106,7 +108,8 @@ def _finetune_model(run: Run, plan: Plan) -> None:
     def progress(step: int, steps: int, loss: float) -> None:
         run.report.training(step, steps, loss)
 
-    tune_model(student, run.model, run.id_batches(settings.tokens), training, progress, checkpoint)
+    with repeatable_gradients(run.device):
+        tune_model(student, run.model, run.id_batches(settings.tokens), training, progress, checkpoint)
     run.parts.save("tuned", _tuned_tensors(run, coded, training.parameters))
 
 

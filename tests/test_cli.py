@@ -87,6 +87,8 @@ def test_mistakes_are_one_line(tied: Path, fine: Path, tmp_path: Path, call: Any
         ("centroids", "run", tied, "--out", tmp_path / "1", "--recipe", tmp_path / "bad.yaml"),
         ("preset", "run", tied, "--out", tmp_path / "1", "--preset", "quick"),
         ("at least", "run", tied, "--out", tmp_path / "6", "--bits", 1.0001, "--preset", "paper"),
+        # Before the calibration text is looked at, let alone anything measured.
+        ("at least", "run", tied, "--out", tmp_path / "7", "--bits", 1.0001, "--calibration", tmp_path / "short.txt"),
         ("at least", "plan", tied, "--bits", 1.0001),
         ("absent", "plan", tmp_path / "absent"),
         ("no readable report", "plot", tied),

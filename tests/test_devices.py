@@ -139,6 +139,16 @@ def test_a_model_too_large_for_its_device_needs_text(
         run(tied, tmp_path / "out", COARSE)
 
 
+def test_a_model_too_large_to_be_trained_is_refused_before_any_work(
+    tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "fits", lambda *_: False)
+    monkeypatch.setattr(pipeline, "quantize_blocks", lambda *_: pytest.fail("hours of work"))
+    update = {"calibration": (str(text_file),), "finetune": Finetuning(steps=3)}
+    with pytest.raises(QuantizeError, match="steps: 0"):
+        run(tied, tmp_path / "out", COARSE.model_copy(update=update))
+
+
 def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

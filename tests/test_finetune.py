@@ -57,6 +57,24 @@ def test_every_parameter_of_a_coded_linear_can_be_trained(layer: LayerRecipe) ->
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_decoding_again_gives_the_same_gradients_and_keeps_no_weight(layer: LayerRecipe) -> None:
+    _, solution = coded(layer)
+    kept: list[int] = []
+    found = []
+    for recompute in (False, True):
+        module = CodedLinear(solution.tensors, solution.spec, nn.Parameter(torch.ones(21)), recompute)
+        x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            product = module(x)
+        product.square().sum().backward()
+        kept.append(max(sizes))
+        found.append([x.grad, *(p.grad for p in module.parameters())])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert kept[1] < 21 * 40 <= kept[0]
+
+
 def student_and_teacher() -> tuple[nn.Module, nn.Module, list[torch.Tensor]]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -11,12 +11,13 @@ from torch import Tensor
 from quantize import blocks, devices, native, pipeline
 from quantize.columns import Segment, Slab, code_block_torch, decode, loss, sweep, sweep_block_torch, walk
 from quantize.devices import be_deterministic, resident
+from quantize.evaluate import load_any, score
 from quantize.kmeans import Books, assign, assign_torch, kmeans, train_books
 from quantize.recipe import BlockTuning, Finetuning, LayerRecipe, Recipe
 from quantize.refine import fit_books, fit_norm
 from quantize.solver import Solution, solve
 from quantize.sums import IndexedSums
-from tests.tiny import COARSE, read, run
+from tests.tiny import COARSE, TEXT, read, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -162,7 +163,11 @@ def recipe(text_file: Path, **update: object) -> Recipe:
     return COARSE.model_copy(update={"calibration": (str(text_file),), "device": "cuda"} | update)
 
 
-@pytest.mark.parametrize("update", [{}, {"bits": 4.0}, {"guided": 2}], ids=str)
+TRAINING = {"finetune": Finetuning(steps=6, tokens=256), "finetune_blocks": BlockTuning(steps=3)}
+UPDATES = [{}, {"bits": 4.0}, {"guided": 2}, {"correction": 0.5}, {"calibration": ()}, TRAINING]
+
+
+@pytest.mark.parametrize("update", UPDATES, ids=str)
 def test_runs_repeat_themselves(tied: Path, text_file: Path, tmp_path: Path, update: dict) -> None:
     for name in ("one", "two"):
         run(tied, tmp_path / name, recipe(text_file, **update))
@@ -170,8 +175,11 @@ def test_runs_repeat_themselves(tied: Path, text_file: Path, tmp_path: Path, upd
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_run_that_was_stopped_goes_on(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: object) -> None:
-    run(tied, tmp_path / "whole", recipe(text_file))
+@pytest.mark.parametrize("update", [{}, {"correction": 0.5} | TRAINING], ids=str)
+def test_a_run_that_was_stopped_goes_on(
+    tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: dict
+) -> None:
+    run(tied, tmp_path / "whole", recipe(text_file, **update))
     count, original = 0, blocks.solve
 
     def stop(*arguments: object) -> Solution:
@@ -179,12 +187,12 @@ def test_a_run_that_was_stopped_goes_on(tied: Path, text_file: Path, tmp_path: P
         count += 1
         if count == 9:
             raise KeyboardInterrupt
-        return original(*arguments)  # type: ignore[arg-type]
+        return original(*arguments)
 
-    monkeypatch.setattr(blocks, "solve", stop)  # type: ignore[attr-defined]
+    monkeypatch.setattr(blocks, "solve", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(tied, tmp_path / "cut", recipe(text_file))
-    run(tied, tmp_path / "cut", recipe(text_file))
+        run(tied, tmp_path / "cut", recipe(text_file, **update))
+    run(tied, tmp_path / "cut", recipe(text_file, **update))
     one, two = read(tmp_path / "whole"), read(tmp_path / "cut")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -192,19 +200,26 @@ def test_a_run_that_was_stopped_goes_on(tied: Path, text_file: Path, tmp_path: P
 def test_models_that_do_not_fit_come_block_by_block(
     tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tied, tmp_path / "whole", recipe(text_file))
+    corrected = recipe(text_file, correction=0.5)
+    run(tied, tmp_path / "whole", corrected)
     monkeypatch.setattr(devices, "fits", lambda *_: False)
     monkeypatch.setattr("quantize.model._ON_DEVICE", 0)  # activations wait on the host, too
-    run(tied, tmp_path / "streamed", recipe(text_file))
+    run(tied, tmp_path / "streamed", corrected)
     one, two = read(tmp_path / "whole"), read(tmp_path / "streamed")
     assert all(torch.equal(one[name], two[name]) for name in one)
     run(tied, tmp_path / "measured", recipe(text_file, bits=4.0))
 
 
-def test_training_runs(tied: Path, text_file: Path, tmp_path: Path) -> None:
-    training = {"finetune": Finetuning(steps=6, tokens=256), "finetune_blocks": BlockTuning(steps=3)}
-    plan = run(tied, tmp_path / "out", recipe(text_file, **training))
-    assert len(plan.specs) == 14 and not (tmp_path / "out" / "parts").exists()
+def test_training_brings_the_model_closer(tied: Path, text_file: Path, tmp_path: Path) -> None:
+    original, tokenizer = load_any(str(tied), GPU)
+    divergences = []
+    for steps in (0, 60):
+        out = tmp_path / str(steps)
+        plan = run(tied, out, recipe(text_file, finetune=Finetuning(steps=steps, tokens=256)))
+        model, _ = load_any(str(out), GPU)
+        divergences.append(score(model, tokenizer, TEXT, 64, 4096, reference=original).divergence)
+        assert len(plan.specs) == 14 and not (out / "parts").exists()
+    assert divergences[1] < divergences[0]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

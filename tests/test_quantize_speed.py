@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import quantize_speed
+from quantize.drift import Original
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,11 @@ from benchmarks import quantize_speed
 def test_a_block_is_measured(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--shape", "tiny", "--tokens", "1024", "--device", "cpu", "--rounds", "1", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["quantize_speed.py", *words, *options])
+    given: list[object] = []
+    coded = quantize_speed.quantize_block
+    monkeypatch.setattr(quantize_speed, "quantize_block", lambda *words: given.append(words[5]) or coded(*words))
     quantize_speed.main()
+    assert given and all(isinstance(reference, Original) for reference in given)  # both presets correct for drift
     (file,) = tmp_path.iterdir()
     (row,) = json.loads(file.read_text())
     assert len(row["layers"]) == 7 and all(0 < layer["error"] < 1 for layer in row["layers"])

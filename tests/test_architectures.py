@@ -1,0 +1,64 @@
+"""Decoders that differ from Llama: masks by layer, norms in the attention, fused linears, experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from quantize.evaluate import load_any, score
+from quantize.model import decoder_blocks, load_shapes
+from quantize.plan import left_dense
+from quantize.recipe import Recipe
+from tests.tiny import TEXT, command, make_model, run
+
+pytest_plugins = ("tests.tiny_fixtures",)
+SLIDING = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+KINDS: dict[str, dict[str, Any]] = {
+    "Gemma2Config": {"head_dim": 16, **SLIDING},
+    "Gemma3TextConfig": {"head_dim": 16, **SLIDING},
+    "Qwen2Config": {},
+    "Qwen3Config": {"head_dim": 16},
+    "MistralConfig": {"sliding_window": 32},
+    "Phi3Config": {},
+}
+
+
+def make(folder: Path, kind: str, **more: Any) -> Path:
+    """A random bfloat16 model of three blocks, with a tokenizer of bytes."""
+    make_model(folder)  # for its tokenizer
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    common = {"num_key_value_heads": 4, "vocab_size": 300, "max_position_embeddings": 256, "initializer_range": 0.15}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = getattr(transformers, kind)(**sizes, **common, **special, **more)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_bits_come_closer_to_the_original(kind: str, text_file: Path, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", kind, **KINDS[kind])
+    original, tokenizer = load_any(str(source), torch.device("cpu"))
+    divergences = []
+    for bits in (3.0, 6.0):
+        update = {"calibration": [str(text_file)], "tokens": 2048, "context": 64, "iterations": 4}
+        run(source, tmp_path / str(bits), Recipe.load(None, "fast", bits=bits, finetune={"steps": 2}, **update))
+        model, _ = load_any(str(tmp_path / str(bits)), torch.device("cpu"))
+        divergences.append(score(model, tokenizer, TEXT, 64, 2048, reference=original).divergence)
+    assert divergences[1] < divergences[0] / 4
+    assert left_dense(decoder_blocks(load_shapes(str(source)))) == {}
+
+
+def test_experts_in_one_tensor_are_said_to_stay_dense(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    source = make(tmp_path / "source", "Qwen3MoeConfig", head_dim=16, **experts)
+    found = left_dense(decoder_blocks(load_shapes(str(source))))
+    assert {name.rpartition(".")[2] for name in found} == {"gate_up_proj", "down_proj"}
+    assert sum(found.values()) == 3 * 4 * 3 * 32 * 64
+    done = command("plan", source, "--bits", 4)
+    assert done.returncode == 0 and "stay dense" in done.stdout and "experts" in done.stdout
