@@ -51,9 +51,8 @@ struct Plan {
     variants.resize(take());
     const int64_t modules = take();
     for (auto& v : variants) {
-      for (int64_t* field :
-           {&v.max_tokens, &v.wide, &v.stride, &v.jobs_at, &v.starts_at, &v.thread_blocks, &v.modules_at, &v.parts_at,
-            &v.preparations_at, &v.chunks, &v.prepared_columns})
+      for (int64_t* field : {&v.max_tokens, &v.wide, &v.stride, &v.jobs_at, &v.starts_at, &v.thread_blocks,
+                             &v.modules_at, &v.parts_at, &v.preparations_at, &v.chunks, &v.prepared_columns})
         *field = take();
       const int64_t parts = take();
       v.modules.resize(modules);
@@ -111,8 +110,13 @@ struct Call {
         workspace = at::empty({count * v.stride}, x.options().dtype(at::kFloat));
       float* sums = workspace.mutable_data_ptr<float>();
       const Tokens part{static_cast<const char*>(x.const_data_ptr()) + first * x.size(1) * size, x.size(1), count};
-      const Launch work{reinterpret_cast<const Job*>(at(v.jobs_at)), at(v.starts_at), int(v.thread_blocks), sums, v.stride,
-                        int(plan.shared_bytes), stream};
+      const Launch work{reinterpret_cast<const Job*>(at(v.jobs_at)),
+                        at(v.starts_at),
+                        int(v.thread_blocks),
+                        sums,
+                        v.stride,
+                        int(plan.shared_bytes),
+                        stream};
       const Tensor room = at::empty({count * v.prepared_columns}, x.options());
       const Tokens prepared{room.const_data_ptr(), v.prepared_columns, count};
       if (v.chunks)
@@ -141,8 +145,8 @@ struct Call {
     for (const auto& d : plan.decodings) {
       if (d.module != static_cast<int64_t>(index)) continue;
       if (plan.stationary)
-        C10_CUDA_CHECK(decode(type, layer, d.job, d.residual, module, d.part, weight.mutable_data_ptr(), weight.stride(0),
-                              window, stream));
+        C10_CUDA_CHECK(decode(type, layer, d.job, d.residual, module, d.part, weight.mutable_data_ptr(),
+                              weight.stride(0), window, stream));
       else
         C10_CUDA_CHECK(decode_compact(type, layer, d.job, module, d.part, weight.mutable_data_ptr(), weight.stride(0),
                                       window, stream));
@@ -169,7 +173,8 @@ struct Call {
       const int64_t count = std::min(step, end - row);
       for (size_t m = first; m < last; m++) {
         const Module& module = plan.modules()[m];
-        const int64_t from = std::max<int64_t>(row, module.out_begin), to = std::min<int64_t>(row + count, module.out_end);
+        const int64_t from = std::max<int64_t>(row, module.out_begin),
+                      to = std::min<int64_t>(row + count, module.out_end);
         if (from >= to) continue;
         Tensor rows = weight.narrow(0, from - row, to - from);
         decode_window(m, rows, {static_cast<int>(from - module.out_begin), static_cast<int>(to - module.out_begin)});
@@ -203,8 +208,8 @@ Tensor lookup_linear(const Tensor& x, const Tensor& codes, const Tensor& books, 
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == plan.in_features, "expected ", std::to_string(plan.in_features),
               " input features, got ", std::to_string(x.dim() ? x.size(-1) : 0));
   const Type type = type_of(x);
-  TORCH_CHECK(books.scalar_type() == x.scalar_type(), "activations are ", x.scalar_type(), ", but the layer was made for ",
-              books.scalar_type());
+  TORCH_CHECK(books.scalar_type() == x.scalar_type(), "activations are ", x.scalar_type(),
+              ", but the layer was made for ", books.scalar_type());
   const c10::cuda::CUDAGuard guard(x.device());
   auto shape = x.sizes().vec();
   shape.back() = plan.out_features;
@@ -215,7 +220,8 @@ Tensor lookup_linear(const Tensor& x, const Tensor& codes, const Tensor& books, 
   Tensor out = y.view({-1, plan.out_features});
   optional<Tensor> added;
   if (bias) added = bias->to(x.scalar_type()).contiguous();
-  const Layer layer{codes.const_data_ptr<int32_t>(), books.const_data_ptr(), norm ? norm->const_data_ptr<float>() : nullptr,
+  const Layer layer{codes.const_data_ptr<int32_t>(), books.const_data_ptr(),
+                    norm ? norm->const_data_ptr<float>() : nullptr,
                     columns ? columns->const_data_ptr<int32_t>() : nullptr};
   const Call call{plan, rows, work, type, layer, norm, dense, added, c10::cuda::getCurrentCUDAStream()};
   if (rows.size(0) <= plan.direct_tokens)
@@ -232,7 +238,8 @@ Tensor lookup_weight(const Tensor& codes, const Tensor& books, const optional<Te
   const Plan plan(numbers);
   const Type type = type_of(books);
   const c10::cuda::CUDAGuard guard(books.device());
-  const Layer layer{codes.const_data_ptr<int32_t>(), books.const_data_ptr(), norm ? norm->const_data_ptr<float>() : nullptr,
+  const Layer layer{codes.const_data_ptr<int32_t>(), books.const_data_ptr(),
+                    norm ? norm->const_data_ptr<float>() : nullptr,
                     columns ? columns->const_data_ptr<int32_t>() : nullptr};
   const Call call{plan, books, work, type, layer, norm, dense, {}, c10::cuda::getCurrentCUDAStream()};
   Tensor weight = at::empty({plan.out_features, plan.in_features}, books.options());
@@ -250,7 +257,12 @@ Tensor lookup_weight(const Tensor& codes, const Tensor& books, const optional<Te
 
 Stream stream_of(const Tensor& words, int64_t columns, int64_t bits, int64_t shift, int64_t width) {
   TORCH_CHECK(words.dim() == 2 && words.is_contiguous());
-  return {words.const_data_ptr<int32_t>(), int(words.size(0)), int(columns), int(words.size(1)), int(bits), int(shift),
+  return {words.const_data_ptr<int32_t>(),
+          int(words.size(0)),
+          int(columns),
+          int(words.size(1)),
+          int(bits),
+          int(shift),
           int(width)};
 }
 
@@ -277,8 +289,8 @@ Tensor pack_resident(const Tensor& words, int64_t columns, int64_t bits, int64_t
   const int64_t size = vector_width == 16 ? words.size(0) * 64 : (words.size(0) + 1) / 2 * 128;
   Tensor codes = at::empty({size * loads}, words.options());
   C10_CUDA_CHECK(fill_codes(Kind(kind), stream_of(words, columns, bits, shift, width),
-                            stream_of(words, columns, bits, res_shift, res_width), loads, book_rows, copies, vector_width,
-                            codes.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream()));
+                            stream_of(words, columns, bits, res_shift, res_width), loads, book_rows, copies,
+                            vector_width, codes.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream()));
   return codes;
 }
 

@@ -10,6 +10,8 @@ export HF_HUB_OFFLINE=1
 say "ruff"
 ruff check .
 ruff format --check .
+say "clang-format"
+find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' | xargs clang-format --dry-run -Werror
 say "mypy"
 mypy
 say "pytest"

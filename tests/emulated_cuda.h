@@ -1,13 +1,14 @@
-// As much of CUDA as csrc/quantize needs, on a CPU: thread blocks one after another, threads of a block one after another,
-// or all at once where they wait for each other. tests/emulated_cuda.py rewrites launches into calls of `emulate`.
+// As much of CUDA as csrc/quantize needs, on a CPU: thread blocks one after another, threads of a block one after
+// another, or all at once where they wait for each other. tests/emulated_cuda.py rewrites launches into calls of
+// `emulate`.
 #pragma once
 
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <mutex>
-#include <condition_variable>
 #include <thread>
 #include <vector>
 
@@ -67,7 +68,9 @@ inline void emulate(dim3 grid, unsigned threads, bool waits, const std::function
 }
 
 template <typename T>
-T min(T a, T b) { return b < a ? b : a; }
+T min(T a, T b) {
+  return b < a ? b : a;
+}
 inline void atomicMin(unsigned long long* at, unsigned long long value) { *at = min(*at, value); }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;

@@ -132,7 +132,9 @@ struct Books {
   Book main_book, residual_book;
 
   Books(const float* main, int k, const float* residual, int r, int v)
-      : main(main), residual(residual), main_book(main, k, v),
+      : main(main),
+        residual(residual),
+        main_book(main, k, v),
         residual_book(residual ? residual : main, residual ? r : 0, v) {}
 };
 
@@ -204,8 +206,8 @@ void push(float* __restrict row, int columns, int first, const float* __restrict
 
 // Vector rows are independent of each other: a thread takes a row through all columns of the block.
 template <int V>
-void code_block(const float* left, int columns, int64_t rows, const float* factor, int64_t factor_stride, const Books& books,
-                int candidates, int64_t* index, int64_t* residual, float* errors) {
+void code_block(const float* left, int columns, int64_t rows, const float* factor, int64_t factor_stride,
+                const Books& books, int candidates, int64_t* index, int64_t* residual, float* errors) {
 #pragma omp parallel
   {
     Scratch scratch(books.main_book);
@@ -235,8 +237,8 @@ void code_block(const float* left, int columns, int64_t rows, const float* facto
 // One pass of coordinate descent: a column moves to what is nearest to its aim while the others stay, if that is nearer
 // than where it is, and the aims of the columns after it follow.
 template <int V>
-void sweep_block(const float* aim, int columns, int64_t rows, const float* pull, int64_t pull_stride, const Books& books,
-                 int candidates, int64_t* index, int64_t* residual, float* moves) {
+void sweep_block(const float* aim, int columns, int64_t rows, const float* pull, int64_t pull_stride,
+                 const Books& books, int candidates, int64_t* index, int64_t* residual, float* moves) {
 #pragma omp parallel
   {
     Scratch scratch(books.main_book);
@@ -290,9 +292,8 @@ extern "C" int vptq_assign(const float* points, int64_t n, int64_t v, const floa
                            const float* residual, int64_t r, int64_t candidates, int64_t* index,
                            int64_t* residual_index) {
   const Books books(main, k, residual, r, v);
-  return with_vector_length(v, [&](auto length) {
-    assign<decltype(length)::value>(points, n, books, candidates, index, residual_index);
-  });
+  return with_vector_length(
+      v, [&](auto length) { assign<decltype(length)::value>(points, n, books, candidates, index, residual_index); });
 }
 
 // A block of columns, coded from left to right with error feedback inside the block. left [columns, rows, v] in;

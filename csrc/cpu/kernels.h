@@ -27,7 +27,10 @@ struct Stream {
   alignas(32) uint32_t right[8], left[8];
 
   Stream(int main_bits, int res_bits, int v)
-      : bits(main_bits + res_bits), main_bits(main_bits), vector_len(v), main_mask((1u << main_bits) - 1),
+      : bits(main_bits + res_bits),
+        main_bits(main_bits),
+        vector_len(v),
+        main_mask((1u << main_bits) - 1),
         res_mask((1u << res_bits) - 1) {
     for (int i = 0; i < 8; ++i) {
       const int position = i < 4 ? i * bits : (i - 4) * bits + 4 * bits % 8, byte = position / 8;

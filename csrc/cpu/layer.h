@@ -76,8 +76,7 @@ class Layer {
         const void* main = book(codebooks, codebooks_size, s.book_offset, s.index_bits, v);
         const void* residual = s.res_bits ? book(codebooks, codebooks_size, s.res_book_offset, s.res_bits, v) : nullptr;
         const int32_t* gather = s.column_offset == kAbsent ? nullptr : columns + s.column_offset;
-        modules.back().segments.push_back(
-            {s, stream, qweight + s.word_offset, {main, residual}, gather, nullptr});
+        modules.back().segments.push_back({s, stream, qweight + s.word_offset, {main, residual}, gather, nullptr});
         weights += m.out_features * s.num_columns;
       }
     }

@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int64_t kChunk = 192;             // tokens per decoding of the weights: bounds the memory of a call
-constexpr int64_t kFewTokens = 10;           // look vectors up, some once more; measured, where a panel is no faster
+constexpr int64_t kFewTokens = 10;          // look vectors up, some once more; measured, where a panel is no faster
 constexpr int64_t kTaskOutputs = 64;        // about so many outputs a task, or fewer
 constexpr int64_t kNear = 256 << 10;        // bytes of a book that the second-level cache holds, even an old one
 constexpr int64_t kWorthATeam = 128 << 10;  // weights of one token; for fewer, waking threads costs more than it saves
@@ -202,10 +202,10 @@ extern "C" int64_t vptq_widest() { return widest(); }
 // One call of the op. x [tokens, in_features] and y [tokens, out_features] of type x_dtype, contiguous; bias of
 // bias_dtype or null; books and dense of type dtype. Returns 0, or 1 when out of memory.
 extern "C" int vptq_linear(const int64_t* plan, int64_t plan_size, const void* x, int64_t x_dtype, int64_t tokens,
-                           int64_t in_features, const uint32_t* qweight, const void* codebooks,
-                           int64_t codebooks_size, int64_t dtype, const float* norm, const int32_t* columns,
-                           const void* dense, const void* bias, int64_t bias_dtype, void* y, int64_t out_features,
-                           int64_t instruction_set, int64_t threads) {
+                           int64_t in_features, const uint32_t* qweight, const void* codebooks, int64_t codebooks_size,
+                           int64_t dtype, const float* norm, const int32_t* columns, const void* dense,
+                           const void* bias, int64_t bias_dtype, void* y, int64_t out_features, int64_t instruction_set,
+                           int64_t threads) {
   try {
     Layer layer(kernels(static_cast<InstructionSet>(instruction_set)), read_plan(plan, plan_size), in_features, dtype);
     layer.place(qweight, codebooks, codebooks_size, norm, columns, dense);

@@ -76,7 +76,9 @@ constexpr WidthKernels kernels_of() {
            {kernels_of<W, true, false, E>(), kernels_of<W, true, true, E>()}}};
 }
 
-const Kernels kKernels = {unpack, multiply<>, kMaxTokens,
+const Kernels kKernels = {unpack,
+                          multiply<>,
+                          kMaxTokens,
                           {{kernels_of<8, float>(), kernels_of<16, float>()},
                            {kernels_of<8, Half>(), kernels_of<16, Half>()},
                            {kernels_of<8, BFloat>(), kernels_of<16, BFloat>()}}};

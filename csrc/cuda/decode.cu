@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kWarpColumns = 128;  // whose codes a lane gets by one load, or half of one
 constexpr int kPiece = 128;        // vectors of a piece of work: 2 rows, 64 columns
-__host__ __device__ constexpr int decode_warps(int books) { return 8 / books; }  // of a block
+__host__ __device__ constexpr int decode_warps(int books) { return 8 / books; }            // of a block
 __host__ __device__ constexpr int decode_blocks(int books) { return books == 1 ? 3 : 5; }  // per multiprocessor
 
 // The eight steps of 16 columns of one load of codes, or of half of one: which entry each looks up.
@@ -23,8 +23,11 @@ struct Codes {
   bool halves;  // of entries of 16 elements, whose code two lanes share
 
   __device__ Codes(const Layer& layer, const Job& job)
-      : words(reinterpret_cast<const uint4*>(layer.codes + job.codes)), kind(Kind(job.kind)),
-        row_words(job.row_words), rows8((job.book_rows + 7) & ~7), halves(job.width == 16) {}
+      : words(reinterpret_cast<const uint4*>(layer.codes + job.codes)),
+        kind(Kind(job.kind)),
+        row_words(job.row_words),
+        rows8((job.book_rows + 7) & ~7),
+        halves(job.width == 16) {}
 
   __device__ __forceinline__ uint4 load(int row, int block, int lane) const {
     const int32_t* from = reinterpret_cast<const int32_t*>(words) + size_t(row) * row_words;
@@ -89,14 +92,17 @@ __global__ void __launch_bounds__(decode_warps(Books) * 32, decode_blocks(Books)
   // Columns that ldmatrix reads together lie in different banks.
   auto slot = [](int vectors, int column) { return vectors * 64 + (column ^ (column >> 3 << 1 & 7)); };
   auto fetch = [](Kind kind, uint4* to, const uint4* from) {
-    if (kind == Kind::kFar) copy_async16(shared_address(to), from);  // the L1 cache would seldom have it
-    else copy_async16_cached(shared_address(to), from);
+    if (kind == Kind::kFar)
+      copy_async16(shared_address(to), from);  // the L1 cache would seldom have it
+    else
+      copy_async16_cached(shared_address(to), from);
   };
   auto copy = [&](const Words& words, auto half) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int to = slot(odd, i * 16 + lane_column);
-      fetch(codes.kind, &staged[warp][half][0][to], book + size_t(codes.entry(words.of[0], half * 4 + i, false)) * planes);
+      fetch(codes.kind, &staged[warp][half][0][to],
+            book + size_t(codes.entry(words.of[0], half * 4 + i, false)) * planes);
       if (Books == 2)
         fetch(pairs ? codes.kind : more.kind, &staged[warp][half][Books - 1][to],
               res_book + (pairs ? codes.entry(words.of[0], half * 4 + i, true)
@@ -200,8 +206,9 @@ cudaError_t decode(Type type, const Layer& layer, const Job& job, const Job& res
     const int at_once = crowded ? 3 : decode_blocks(books);
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, at_once * 33 * 100 / 228);
     if (error != cudaSuccess) return error;
-    return launch(kernel, dim3(std::min(grid, processors * at_once)), warps * 32, 0, stream, false, layer, job, residual,
-                  module, part, static_cast<decltype(number)*>(weight), stride, window, first, last - first, blocks);
+    return launch(kernel, dim3(std::min(grid, processors * at_once)), warps * 32, 0, stream, false, layer, job,
+                  residual, module, part, static_cast<decltype(number)*>(weight), stride, window, first, last - first,
+                  blocks);
   };
   const bool two = residual.kind >= 0 || Kind(job.kind) == Kind::kBytePairs;
   if (type == Type::kHalf)

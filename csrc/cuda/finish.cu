@@ -22,8 +22,8 @@ struct Many {
   const Part* parts;
 };
 
-// `Share` neighbouring threads share a number: each adds its share of the splits. A thread has `Each` tokens' numbers of
-// an output. Registers are few, that blocks may wait beside those of the kernel whose sums they want.
+// `Share` neighbouring threads share a number: each adds its share of the splits. A thread has `Each` tokens' numbers
+// of an output. Registers are few, that blocks may wait beside those of the kernel whose sums they want.
 template <typename T, int Share, int Each, typename Records>
 __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
     finish_kernel(const __grid_constant__ Records records, int module_count, const int32_t* __restrict__ work,
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
     if (within < 0 || within >= part.width) continue;
     const int at = part.out + vector_row * part.width + within;
     const int splits = part.counts < 0 ? part.splits : __ldg(work + part.counts + vector_row * part.width / kWideRows);
-#pragma unroll (8 / Each)
+#pragma unroll(8 / Each)
     for (int s = mine; s < splits; s += Share) {
 #pragma unroll
       for (int i = 0; i < Each; i++) products[i] += __ldcg(sums[i] + at + int64_t(s) * part.stride);
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
 
 cudaError_t finish(Type type, const Module* modules, int module_count, const Part* parts, int part_count,
                    const Module* device_modules, const Part* device_parts, const int32_t* work, const float* workspace,
-                   int64_t stride, const float* norm, const void* bias, void* y, int out_features, int tokens, cudaStream_t stream) {
+                   int64_t stride, const float* norm, const void* bias, void* y, int out_features, int tokens,
+                   cudaStream_t stream) {
   auto run = [&](auto number, const auto& records) {
     using T = decltype(number);
     using Records = std::decay_t<decltype(records)>;
@@ -86,7 +87,8 @@ cudaError_t finish(Type type, const Module* modules, int module_count, const Par
     };
     int splits = 0;
     for (int p = 0; p < part_count; p++) splits = std::max(splits, parts[p].splits);
-    // Few numbers of many splits would leave the GPU idle; of many numbers of few splits, several are had as fast as one.
+    // Few numbers of many splits would leave the GPU idle; of many numbers of few splits, several are had as fast as
+    // one.
     if (tokens <= 2 && splits >= 8) return go(finish_kernel<T, 4, 1, Records>, 4, 1);
     if (tokens > 8 && splits <= 4 && (tokens <= 32 || out_features >= 8192))
       return go(finish_kernel<T, 1, 4, Records>, 1, 4);

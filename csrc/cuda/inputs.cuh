@@ -12,14 +12,15 @@ struct Inputs {
   const T* x;
   int64_t row_stride;
   int count;
-  // Meaningful if there are such. (Flags rather than null: for `if (pointer)` after a choice between null and an offset,
-  // ptxas 13.0 let the comparison read the register before the zero was in it, and lists were read that are not there.)
+  // Meaningful if there are such. (Flags rather than null: for `if (pointer)` after a choice between null and an
+  // offset, ptxas 13.0 let the comparison read the register before the zero was in it, and lists were read that are not
+  // there.)
   const float* scale;
   const int32_t* list;
   bool has_scale, has_list;
-  int half;              // slots of a pair (high, low) are this far apart; 0 if numbers are rounded to T instead
-  bool paired;           // pairs of columns are aligned pairs in memory
-  bool plain;            // and nothing need be done to them
+  int half;     // slots of a pair (high, low) are this far apart; 0 if numbers are rounded to T instead
+  bool paired;  // pairs of columns are aligned pairs in memory
+  bool plain;   // and nothing need be done to them
 
   // `slots` is how many numbers a kernel holds for each column.
   __device__ Inputs(const Layer& layer, const Tokens& tokens, const Job& job, int slots)
@@ -72,7 +73,8 @@ struct Inputs {
     const float first = v.x * factors.x, second = v.y * factors.y;
     const T high[2] = {Number<T>::narrow(first), Number<T>::narrow(second)};
     if (!half || slot < half) return pack(high[0], high[1]);
-    return pack(Number<T>::narrow(first - Number<T>::wide(high[0])), Number<T>::narrow(second - Number<T>::wide(high[1])));
+    return pack(Number<T>::narrow(first - Number<T>::wide(high[0])),
+                Number<T>::narrow(second - Number<T>::wide(high[1])));
   }
 };
 

@@ -7,25 +7,32 @@
 
 namespace vptq {
 
-// How a job finds its weights: compact.cu, sliced.cuh, resident.cuh (codes of one byte for one book, of one byte for each
-// of two books, of two bytes), wide.cuh (codes of two bytes for a book in memory; with those of one byte for a second
-// book in shared memory); or that it has none and is the dot product of a norm.
+// How a job finds its weights: compact.cu, sliced.cuh, resident.cuh (codes of one byte for one book, of one byte for
+// each of two books, of two bytes), wide.cuh (codes of two bytes for a book in memory; with those of one byte for a
+// second book in shared memory); or that it has none and is the dot product of a norm.
 enum class Kind : int {
-  kCompact = 0, kSliced = 1, kBytes = 2, kBytePairs = 3, kShorts = 4, kDot = 5, kFar = 6, kFarBytes = 7
+  kCompact = 0,
+  kSliced = 1,
+  kBytes = 2,
+  kBytePairs = 3,
+  kShorts = 4,
+  kDot = 5,
+  kFar = 6,
+  kFarBytes = 7
 };
 
 // One thread block's piece of work, as vllm_vptq/layouts/work.py writes it: 24 int32.
 struct Job {
   int kind;
-  int scale;        // of the module's column norm: offset in `norm`, or -1
-  int column_list;  // offset in `columns` of the segment's column list, or -1 if it covers the input
+  int scale;                     // of the module's column norm: offset in `norm`, or -1
+  int column_list;               // offset in `columns` of the segment's column list, or -1 if it covers the input
   int column_begin, column_end;  // within the segment
   int row_begin, row_end;        // vector rows; 16 outputs for kinds with codes; dot: tokens
-  int codes;       // offset in `codes` (int32) of the segment's first row
-  int row_words;   // words from one row (pair) to the next
-  int book;        // offset in `books`: elements for compact, 16-byte rows for the others
-  int book_rows;   // rows to hold in shared memory; compact: entries
-  int res_book;    // or -1
+  int codes;                     // offset in `codes` (int32) of the segment's first row
+  int row_words;                 // words from one row (pair) to the next
+  int book;                      // offset in `books`: elements for compact, 16-byte rows for the others
+  int book_rows;                 // rows to hold in shared memory; compact: entries
+  int res_book;                  // or -1
   int res_rows;
   int copies;      // images of the book in shared memory; far: 16-byte rows of an entry
   int lists;       // sliced: offset in `codes` of the offsets of this slice's lists; far with bytes: of the bytes
@@ -33,9 +40,9 @@ struct Job {
   int out;         // where its sums go: offset in a token's row of the workspace
   int vector_len, plane;  // elements plane * 8 .. of every vector
   int index_bits, res_bits;
-  int shift;       // dot: offset in `norm` of what to multiply by, or -1 for ones
-  int width;       // far: 16 outputs are two planes of a vector row; or 8, and they are one of two vector rows
-  int source;      // where its columns begin in a row of prepared activations, or -1 if it takes them as they are
+  int shift;   // dot: offset in `norm` of what to multiply by, or -1 for ones
+  int width;   // far: 16 outputs are two planes of a vector row; or 8, and they are one of two vector rows
+  int source;  // where its columns begin in a row of prepared activations, or -1 if it takes them as they are
 };
 static_assert(sizeof(Job) == 96, "24 int32");
 
@@ -69,9 +76,9 @@ struct Preparation {
   int scale;        // offset in `norm` of a factor per input, or -1
   int column_list;  // offset in `columns`, or -1: columns are the input's
   int columns;
-  int at;           // where they go in a row of prepared activations, a multiple of 8; or -1
-  int shift;        // offset in `norm` of what the dot product is with, or -1 for ones
-  int dot;          // where the dot product of each kPrepareColumns goes in a token's row of the workspace, or -1
+  int at;     // where they go in a row of prepared activations, a multiple of 8; or -1
+  int shift;  // offset in `norm` of what the dot product is with, or -1 for ones
+  int dot;    // where the dot product of each kPrepareColumns goes in a token's row of the workspace, or -1
 };
 static_assert(sizeof(Preparation) == 24, "6 int32");
 
@@ -90,7 +97,8 @@ struct Tokens {
   int count;
 };
 
-// The jobs of a call: thread block i takes jobs starts[i] to starts[i + 1]; their sums go to the workspace [tokens, stride].
+// The jobs of a call: thread block i takes jobs starts[i] to starts[i + 1]; their sums go to the workspace [tokens,
+// stride].
 struct Launch {
   const Job* jobs;
   const int32_t* starts;
@@ -104,21 +112,23 @@ struct Launch {
 // Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs with look-ups being of kind
 // `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
 cudaError_t multiply(Type type, const Layer&, const Tokens&, const Tokens& prepared, const Launch&);
-cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots, const Launch&);
+cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
+                               const Launch&);
 cudaError_t multiply_wide_bfloat16(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
                                    const Launch&);
 cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Launch&);
 
-// Activations [tokens, prepared_stride] for the products above, and dot products into the workspace; `chunks` is how many
-// times kPrepareColumns the records have, each rounded up.
-cudaError_t prepare(Type type, const Layer&, const Tokens&, const Preparation* records, int chunks,
-                    void* prepared, int64_t prepared_stride, float* workspace, int64_t stride, cudaStream_t);
+// Activations [tokens, prepared_stride] for the products above, and dot products into the workspace; `chunks` is how
+// many times kPrepareColumns the records have, each rounded up.
+cudaError_t prepare(Type type, const Layer&, const Tokens&, const Preparation* records, int chunks, void* prepared,
+                    int64_t prepared_stride, float* workspace, int64_t stride, cudaStream_t);
 
 // y [tokens, out_features] of the sums: splits added in order, norm and bias applied, rounded once. The records are
 // taken from the host where they fit a kernel's arguments, else from the device.
 cudaError_t finish(Type type, const Module* modules, int module_count, const Part* parts, int part_count,
                    const Module* device_modules, const Part* device_parts, const int32_t* work, const float* workspace,
-                   int64_t stride, const float* norm, const void* bias, void* y, int out_features, int tokens, cudaStream_t);
+                   int64_t stride, const float* norm, const void* bias, void* y, int out_features, int tokens,
+                   cudaStream_t);
 
 // A bit stream of merged indices [rows, row_words] (see docs/format.md); one of its two parts: `width` bits at `shift`.
 struct Stream {
@@ -130,20 +140,20 @@ struct Stream {
 // Entries of each list of the sliced layout, [slices, rows, tiles]; then the lists, from `offsets` (in groups of 32).
 cudaError_t count_entries(const Stream&, int slices, int tiles, int32_t* counts, cudaStream_t);
 cudaError_t fill_lists(const Stream&, int slices, int tiles, const int32_t* offsets, int32_t* lists, cudaStream_t);
-// Codes [ceil(rows / 2), loads, 32, 4] of a resident kind, for a book of book_rows entries in `copies` images, or of the
-// far one; where its `width` (see Job) is 16, [rows, loads, 16, 4], each for two lanes.
-cudaError_t fill_codes(Kind kind, const Stream&, const Stream& residual, int loads, int book_rows, int copies, int width,
-                       int32_t* codes, cudaStream_t);
+// Codes [ceil(rows / 2), loads, 32, 4] of a resident kind, for a book of book_rows entries in `copies` images, or of
+// the far one; where its `width` (see Job) is 16, [rows, loads, 16, 4], each for two lanes.
+cudaError_t fill_codes(Kind kind, const Stream&, const Stream& residual, int loads, int book_rows, int copies,
+                       int width, int32_t* codes, cudaStream_t);
 
 // Outputs of a module that are wanted: [begin, end).
 struct Window {
   int begin, end;
 };
 
-// Weights [outputs of the window, stride] of a segment's plane or two: those that `job` looks up, and `residual`, unless
-// its kind is -1, added to them; norm applied.
-cudaError_t decode(Type type, const Layer&, const Job& job, const Job& residual, const Module&, const Part&, void* weight,
-                   int64_t stride, const Window&, cudaStream_t);
+// Weights [outputs of the window, stride] of a segment's plane or two: those that `job` looks up, and `residual`,
+// unless its kind is -1, added to them; norm applied.
+cudaError_t decode(Type type, const Layer&, const Job& job, const Job& residual, const Module&, const Part&,
+                   void* weight, int64_t stride, const Window&, cudaStream_t);
 
 // The same for all planes of a segment in the compact layout.
 cudaError_t decode_compact(Type type, const Layer&, const Job&, const Module&, const Part&, void* weight,

@@ -12,8 +12,8 @@ constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * 32;
 constexpr int kSliceRows = 8192;
 constexpr int kTileColumns = 2048;
-constexpr int kSpanTiles = 2;                    // what a block holds of one octet of tokens
-constexpr int kTileRows = kTileColumns + 8;      // in shared memory: the columns, and zeros for entries that only pad
+constexpr int kSpanTiles = 2;                // what a block holds of one octet of tokens
+constexpr int kTileRows = kTileColumns + 8;  // in shared memory: the columns, and zeros for entries that only pad
 constexpr int kRowBits = 13;
 
 // An entry has its column at bit 19 (as a row of shared memory: within the span, tiles kTileRows apart) and its row of
@@ -65,8 +65,8 @@ struct ListPart {
 };
 
 // The lists of this warp's rows, every kWarps-th of the job, in parts of at most kMost groups, all but the last of a
-// list multiples of kGrain. Two are about equal, since a short one would leave little to do while the next list is on its
-// way.
+// list multiples of kGrain. Two are about equal, since a short one would leave little to do while the next list is on
+// its way.
 template <int kMost, int kGrain = 1>
 class ListParts {
   static_assert(kMost % kGrain == 0);

@@ -42,8 +42,7 @@ __global__ void __maxnreg__(112)
       const int source = Slots > 8 ? jobs[j].source : -1;
       own_layer = layer;
       own_tokens = tokens;
-      if (source >= 0)
-        own_tokens = {static_cast<const T*>(prepared.x) + source, prepared.row_stride, tokens.count};
+      if (source >= 0) own_tokens = {static_cast<const T*>(prepared.x) + source, prepared.row_stride, tokens.count};
     }
     __syncthreads();
     if (threadIdx.x == 0 && Kind(job.kind) != Kind::kSliced) copy.held = -1;
@@ -74,10 +73,11 @@ template <typename T, int Slots>
 cudaError_t run(const Layer& layer, const Tokens& tokens, const Tokens& prepared, const Launch& work) {
   auto kernel = multiply_kernel<T, Slots>;
   // Cheap, and the attribute belongs to the current device: setting it at every launch spares a table of devices.
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, dim3(work.thread_blocks), kThreads, work.shared_bytes, work.stream, true, layer, tokens, prepared,
-                work.jobs, work.starts, work.workspace, work.stride);
+  return launch(kernel, dim3(work.thread_blocks), kThreads, work.shared_bytes, work.stream, true, layer, tokens,
+                prepared, work.jobs, work.starts, work.workspace, work.stride);
 }
 
 template <typename T>

@@ -72,15 +72,19 @@ cudaError_t fill_codes(Kind kind, const Stream& main, const Stream& residual, in
                        int width, int32_t* codes, cudaStream_t stream) {
   auto go = [&](auto kernel) {
     kernel<<<width == 16 ? main.rows : (main.rows + 1) / 2, 256, 0, stream>>>(main, residual, loads, book_rows, copies,
-                                                                            width, codes);
+                                                                              width, codes);
     return cudaGetLastError();
   };
   switch (kind) {
-    case Kind::kBytes: return go(codes_kernel<Kind::kBytes>);
-    case Kind::kBytePairs: return go(codes_kernel<Kind::kBytePairs>);
+    case Kind::kBytes:
+      return go(codes_kernel<Kind::kBytes>);
+    case Kind::kBytePairs:
+      return go(codes_kernel<Kind::kBytePairs>);
     case Kind::kShorts:
-    case Kind::kFar: return go(codes_kernel<Kind::kShorts>);
-    default: return cudaErrorInvalidValue;
+    case Kind::kFar:
+      return go(codes_kernel<Kind::kShorts>);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -208,7 +208,7 @@ cudaError_t fill_lists(const Stream& stream, int slices, int tiles, const int32_
   const cudaError_t error = cudaFuncSetAttribute(lists_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   lists_kernel<<<dim3(stream.rows, tiles), kPackWarps * 32, shared, cuda_stream>>>(stream, slices, tiles, offsets,
-                                                                                  lists);
+                                                                                   lists);
   return cudaGetLastError();
 }
 

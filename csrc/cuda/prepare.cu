@@ -65,8 +65,8 @@ cudaError_t prepare(Type type, const Layer& layer, const Tokens& tokens, const P
                     void* prepared, int64_t prepared_stride, float* workspace, int64_t stride, cudaStream_t stream) {
   auto go = [&](auto number) {
     using T = decltype(number);
-    return launch(prepare_kernel<T>, dim3(chunks, tokens.count), kPrepareThreads, 0, stream, true, layer, tokens, records,
-                  static_cast<T*>(prepared), prepared_stride, workspace, stride);
+    return launch(prepare_kernel<T>, dim3(chunks, tokens.count), kPrepareThreads, 0, stream, true, layer, tokens,
+                  records, static_cast<T*>(prepared), prepared_stride, workspace, stride);
   };
   return type == Type::kHalf ? go(__half()) : go(__nv_bfloat16());
 }

@@ -12,9 +12,7 @@
 namespace vptq {
 
 // Look-ups of a lane per 16-byte load of codes.
-__host__ __device__ constexpr int steps_per_load(Kind kind) {
-  return kind == Kind::kBytes ? 16 : 8;
-}
+__host__ __device__ constexpr int steps_per_load(Kind kind) { return kind == Kind::kBytes ? 16 : 8; }
 
 constexpr int kStepsPerWarp = 16;  // steps of 16 columns, whose activations a warp holds: bounded by registers
 
@@ -44,8 +42,8 @@ __device__ __forceinline__ int entry_of_image_row(int at, int rows) {
   return row & ~7 | ((row ^ (image ? row >> (3 * image) : 0)) & 7);
 }
 
-// Every row is loaded once and stored to all images; blocks begin at different rows, since all load the same few lines of
-// the L2 cache at once.
+// Every row is loaded once and stored to all images; blocks begin at different rows, since all load the same few lines
+// of the L2 cache at once.
 template <bool Bytes>
 __device__ __forceinline__ void fill_images(uint4* shared, const uint4* book, int rows, int images) {
   const int first = blockIdx.x * 61 % rows;
@@ -59,13 +57,13 @@ __device__ __forceinline__ void fill_images(uint4* shared, const uint4* book, in
 }
 
 template <typename T, int Octets, Kind kKind>
-__device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens& tokens, const Job& job, Exchange& exchange,
-                                               float* workspace, int64_t stride, uint4* shared) {
+__device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens& tokens, const Job& job,
+                                               Exchange& exchange, float* workspace, int64_t stride, uint4* shared) {
   constexpr bool kByteCodes = kKind != Kind::kShorts;
   constexpr bool kPairs = kKind == Kind::kBytePairs;
   constexpr int kSteps = steps_per_load(kKind);
   constexpr int kLoads = kStepsPerWarp / kSteps;
-  constexpr int kAhead = Octets == 1 ? 3 : 1;           // row pairs whose codes are on their way
+  constexpr int kAhead = Octets == 1 ? 3 : 1;  // row pairs whose codes are on their way
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   float* sums = reinterpret_cast<float*>(shared);
@@ -77,7 +75,7 @@ __device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens&
   const size_t row_loads = job.row_words / 4;
   const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(first_load) * 32 + lane;
   uint4 ahead[kAhead][kLoads];
-  auto load_codes = [&](uint4 (&to)[kLoads], int row) {
+  auto load_codes = [&](uint4(&to)[kLoads], int row) {
 #pragma unroll
     for (int l = 0; l < kLoads; l++) {
       to[l] = make_uint4(0, 0, 0, 0);
@@ -170,13 +168,14 @@ __device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens&
       auto look_up = [&](int i) {
         const int s = i / kBooks % kSteps;
         const uint4& load = now[i / kBooks / kSteps];
-        const unsigned word = s * 4 / kSteps == 0 ? load.x : s * 4 / kSteps == 1 ? load.y : s * 4 / kSteps == 2
-                                                                                      ? load.z : load.w;
+        const unsigned word = s * 4 / kSteps == 0   ? load.x
+                              : s * 4 / kSteps == 1 ? load.y
+                              : s * 4 / kSteps == 2 ? load.z
+                                                    : load.w;
         if (kKind == Kind::kBytes)
           ldmatrix_trans(a[i % kDeep], base + (word >> (8 * (s % 4)) & 0xff) * 128);
         else if (kKind == Kind::kBytePairs)
-          ldmatrix_trans(a[i % kDeep],
-                         (i % 2 ? res_base : base) + (word >> (16 * (s % 2) + 8 * (i % 2)) & 0xff) * 128);
+          ldmatrix_trans(a[i % kDeep], (i % 2 ? res_base : base) + (word >> (16 * (s % 2) + 8 * (i % 2)) & 0xff) * 128);
         else
           ldmatrix_trans(a[i % kDeep], base + (word >> (16 * (s % 2)) & 0xffff) * 16);
       };

@@ -1,19 +1,19 @@
 // Products of one token with a book too large for shared memory.
 //
-// As in sliced.cuh a block holds a slice of the book, and ldmatrix.trans gathers the centroids of a group of 32 entries:
-// here they are the A fragment of an mma. Its B fragment has room for eight tokens, and looking those up would cost as
-// much as the centroids. With one token, every lane looks up one number for each of four groups, and the numbers are
-// exchanged among lanes so that all four groups' B fragments lie in the same registers: group j has columns j and j + 4
-// of B. What the products have in the other columns is the other groups' and never looked at.
+// As in sliced.cuh a block holds a slice of the book, and ldmatrix.trans gathers the centroids of a group of 32
+// entries: here they are the A fragment of an mma. Its B fragment has room for eight tokens, and looking those up would
+// cost as much as the centroids. With one token, every lane looks up one number for each of four groups, and the
+// numbers are exchanged among lanes so that all four groups' B fragments lie in the same registers: group j has columns
+// j and j + 4 of B. What the products have in the other columns is the other groups' and never looked at.
 #pragma once
 
 #include "lists.cuh"
 
 namespace vptq {
 
-// How a lane takes part in the exchange: a number of each of four groups, for the entry of this lane in words[j], becomes
-// the B fragments of the groups. An A fragment has entries 0-15 in its upper rows, 16-31 in the lower (see lane_of_row);
-// lane bits: upper or lower, k / 8, and k % 8.
+// How a lane takes part in the exchange: a number of each of four groups, for the entry of this lane in words[j],
+// becomes the B fragments of the groups. An A fragment has entries 0-15 in its upper rows, 16-31 in the lower (see
+// lane_of_row); lane bits: upper or lower, k / 8, and k % 8.
 class Crossing {
  public:
   __device__ __forceinline__ explicit Crossing(int lane) {
@@ -56,8 +56,8 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
   constexpr int kBatch = 4;  // groups looked up together
   constexpr int kRing = 2, kAhead = 12;
   const int lane = threadIdx.x % 32;
-  // Of every column, a scaled activation as a sum of two numbers, [kSpanTiles][kTileRows], in four copies: entries 8 i ..
-  // of a group read copy i, which lies in banks of its own. So they collide no more than those of sliced.cuh.
+  // Of every column, a scaled activation as a sum of two numbers, [kSpanTiles][kTileRows], in four copies: entries 8 i
+  // .. of a group read copy i, which lies in banks of its own. So they collide no more than those of sliced.cuh.
   uint4* columns = shared + kSliceRows;
   if (threadIdx.x == 0) copy.begin(shared, static_cast<const uint4*>(layer.books) + job.book, job);
   ListReader<kRing, kAhead, kBatch> reader(layer, job);
@@ -97,7 +97,8 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
   copy.wait();
 
   const uint32_t book = shared_address(shared);
-  const uint32_t base = shared_address(columns) - job.column_begin / kTileColumns % kSpanTiles * kTileRows * 16 + lane / 8 * 4;
+  const uint32_t base =
+      shared_address(columns) - job.column_begin / kTileColumns % kSpanTiles * kTileRows * 16 + lane / 8 * 4;
   const Crossing cross(lane);
   float sums[kBatch][4] = {};
   const bool scaled = inputs.has_scale;

@@ -64,13 +64,11 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
       const int octet = i / pairs, pair = i % pairs;
       unsigned v[8];
 #pragma unroll
-      for (int j = 0; j < 8; j++)
-        v[j] = inputs.pair(octet * 8 + j, job.column_begin + 2 * pair, job.column_end);
+      for (int j = 0; j < 8; j++) v[j] = inputs.pair(octet * 8 + j, job.column_begin + 2 * pair, job.column_end);
       store_pairs(octet, pair, v);
     }
   }
-  if (threadIdx.x < kTiles * Octets)
-    tile[threadIdx.x * kTileRows + kTileColumns] = make_uint4(0, 0, 0, 0);
+  if (threadIdx.x < kTiles * Octets) tile[threadIdx.x * kTileRows + kTileColumns] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   copy.wait();
 
@@ -90,8 +88,7 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
         const unsigned entry = reader.blocks[i][first + k];
         ldmatrix_trans(centroids[k], book_base + (entry & (kSliceRows - 1) << 2) * 4);
 #pragma unroll
-        for (int o = 0; o < Octets; o++)
-          ldmatrix_trans(acts[k][o], tile_base + (entry >> 15) + o * kPlaneRows * 16);
+        for (int o = 0; o < Octets; o++) ldmatrix_trans(acts[k][o], tile_base + (entry >> 15) + o * kPlaneRows * 16);
       }
 #pragma unroll
       for (int k = 0; k < kBatch; k++) {

@@ -44,17 +44,17 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
 }
 __device__ __forceinline__ int swizzled(int row, int piece) { return row * 128 + ((piece ^ row % 8) * 16); }
 
-#define VPTQ_WGMMA(SHAPE, TYPE, REGISTERS, A, B, ...)                                                          \
+#define VPTQ_WGMMA(SHAPE, TYPE, REGISTERS, A, B, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
-               ", 1, 1, 1, 0;"                                                                                  \
-               : __VA_ARGS__                                                                                    \
+               ", 1, 1, 1, 0;"                                                                           \
+               : __VA_ARGS__                                                                             \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 #define VPTQ_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define VPTQ_D16(i) VPTQ_D4(i), VPTQ_D4(i + 4), VPTQ_D4(i + 8), VPTQ_D4(i + 12)
 #define VPTQ_N8(TYPE) VPTQ_WGMMA("m64n8k16", TYPE, "%0,%1,%2,%3", "{%4,%5,%6,%7}", "%8", VPTQ_D4(0))
 #define VPTQ_N16(TYPE) \
   VPTQ_WGMMA("m64n16k16", TYPE, "%0,%1,%2,%3,%4,%5,%6,%7", "{%8,%9,%10,%11}", "%12", VPTQ_D4(0), VPTQ_D4(4))
-#define VPTQ_N32(TYPE)                                                                                             \
+#define VPTQ_N32(TYPE)                                                                                               \
   VPTQ_WGMMA("m64n32k16", TYPE, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "{%16,%17,%18,%19}", "%20", \
              VPTQ_D16(0))
 #define VPTQ_N64(TYPE)                                                                                        \
@@ -70,14 +70,26 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], const unsigned (&a)[4],
 #if VPTQ_HAS_WGMMA
   constexpr bool kHalf = std::is_same_v<T, __half>;
   if constexpr (N == 8) {
-    if constexpr (kHalf) VPTQ_N8("f16"); else VPTQ_N8("bf16");
+    if constexpr (kHalf)
+      VPTQ_N8("f16");
+    else
+      VPTQ_N8("bf16");
   } else if constexpr (N == 16) {
-    if constexpr (kHalf) VPTQ_N16("f16"); else VPTQ_N16("bf16");
+    if constexpr (kHalf)
+      VPTQ_N16("f16");
+    else
+      VPTQ_N16("bf16");
   } else if constexpr (N == 32) {
-    if constexpr (kHalf) VPTQ_N32("f16"); else VPTQ_N32("bf16");
+    if constexpr (kHalf)
+      VPTQ_N32("f16");
+    else
+      VPTQ_N32("bf16");
   } else {
     static_assert(N == 64);
-    if constexpr (kHalf) VPTQ_N64("f16"); else VPTQ_N64("bf16");
+    if constexpr (kHalf)
+      VPTQ_N64("f16");
+    else
+      VPTQ_N64("bf16");
   }
 #endif
 }

@@ -14,10 +14,10 @@ namespace vptq {
 
 constexpr int kConsumers = kWideRows * 2, kProducers = 128, kWideThreads = kConsumers + kProducers;
 constexpr int kConsumerWarps = kConsumers / 32;
-constexpr int kGranule = 256;       // columns: jobs begin at multiples of it
-constexpr int kRingBytes = 32768;   // of activations
+constexpr int kGranule = 256;      // columns: jobs begin at multiples of it
+constexpr int kRingBytes = 32768;  // of activations
 constexpr int kMostStages = 8;
-constexpr int kStepBytes = 512;     // of a step's 32 vectors; a warp gathers those of a granule
+constexpr int kStepBytes = 512;  // of a step's 32 vectors; a warp gathers those of a granule
 constexpr int kFarBytes = kGranule / 16 * kStepBytes;
 
 template <int N>
@@ -58,15 +58,15 @@ __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job
       const int slot = first_slot + i * (kProducers / kAcross);
       const bool there = left > 0 && slot < tokens.count;
       const T* from = static_cast<const T*>(tokens.x) + (there ? slot * tokens.row_stride + column : 0);
-      copy_async16(shared_address(stages) + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8), from,
-                   there ? left : 0);
+      copy_async16(shared_address(stages) + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8),
+                   from, there ? left : 0);
     }
     arrive_after_copies(shared_address(ring.full + stage));
   }
 }
 
-// Fetches, scales and gathers activations, a tile ahead of storing them. For few tokens: a kernel of its own, that others
-// leave it to (prepare.cu), takes longer.
+// Fetches, scales and gathers activations, a tile ahead of storing them. For few tokens: a kernel of its own, that
+// others leave it to (prepare.cu), takes longer.
 template <typename T, int N>
 __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
                                         unsigned& done, char* stages) {
@@ -75,7 +75,8 @@ __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens
   const int thread = threadIdx.x - kConsumers;
   constexpr int kAcross = Tile::kColumns / 8;
   const int piece = thread % kAcross, first_slot = thread / kAcross;
-  const bool aligned = !inputs.has_list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
+  const bool aligned =
+      !inputs.has_list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
   if (aligned && !inputs.has_scale) return copy_activations<T, N>(tokens, job, ring, done, stages);
 
   uint4 raw[Tile::kPieces];
@@ -138,7 +139,8 @@ __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens
 #pragma unroll
     for (int i = 0; i < Tile::kPieces; i++) {
       const int slot = first_slot + i * (kProducers / kAcross);
-      *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) = now[i];
+      *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) =
+          now[i];
     }
     arrive(shared_address(ring.full + stage));
   }
@@ -151,9 +153,9 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   using Tile = Shape<N>;
   constexpr bool kFar = kKind == Kind::kFar || kKind == Kind::kFarBytes;
   constexpr bool kTwo = kKind == Kind::kBytePairs || kKind == Kind::kFarBytes;  // books
-  constexpr int kLoads = kKind == Kind::kBytes ? 1 : 2;  // of codes, for a granule
-  constexpr int kMore = kKind == Kind::kFarBytes ? 1 : 0;  // of the residual's
-  constexpr int kChunkSteps = kTwo ? 1 : 2;                // steps of 16 columns, looked up together: 2 look-ups
+  constexpr int kLoads = kKind == Kind::kBytes ? 1 : 2;                         // of codes, for a granule
+  constexpr int kMore = kKind == Kind::kFarBytes ? 1 : 0;                       // of the residual's
+  constexpr int kChunkSteps = kTwo ? 1 : 2;  // steps of 16 columns, looked up together: 2 look-ups
   constexpr int kAhead = 2, kBuffers = 4;  // chunks that are looked up before they are multiplied; that have registers
   constexpr int kChunks = kGranule / 16 / kChunkSteps;
   constexpr int kTileChunks = Tile::kColumns / 16 / kChunkSteps;
@@ -169,9 +171,10 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   auto load_size = [&] { return kKind == Kind::kFar && job.width == 16 ? 16 : 32; };  // costs no register
   const int row_loads = job.row_words / 4 / load_size(), res_row_loads = job.list_tiles / 128;
   const int any_row = mine ? row : job.row_begin;
-  const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) + size_t(any_row) * row_loads * load_size() +
-                       (halves_of_16 ? lane / 2 : lane);
-  const uint4* res_codes = reinterpret_cast<const uint4*>(layer.codes + job.lists) + size_t(any_row) * res_row_loads * 32 + lane;
+  const uint4* codes = reinterpret_cast<const uint4*>(layer.codes + job.codes) +
+                       size_t(any_row) * row_loads * load_size() + (halves_of_16 ? lane / 2 : lane);
+  const uint4* res_codes =
+      reinterpret_cast<const uint4*>(layer.codes + job.lists) + size_t(any_row) * res_row_loads * 32 + lane;
   // Codes of this granule and the next; and, where those of the next are needed at once to gather, of the one after it.
   using Codes = uint4[kLoads + kMore];
   Codes now, next, after;
@@ -225,8 +228,8 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
       if (kFar && !second)
         ldmatrix_trans(fragments[i], gathered + s * kStepBytes + lane * 16);
       else
-        ldmatrix_trans(fragments[i], (second ? res_base : base) +
-                                         code(words, s, second) * (kKind == Kind::kShorts ? 16 : 128));
+        ldmatrix_trans(fragments[i],
+                       (second ? res_base : base) + code(words, s, second) * (kKind == Kind::kShorts ? 16 : 128));
     }
   };
 
@@ -262,8 +265,10 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
         copy_async_wait<kChunks - kAhead - 1>();
         __syncwarp();
       }
-      if (c + kAhead < kChunks) look_up(now, c + kAhead);
-      else look_up(next, c + kAhead - kChunks);
+      if (c + kAhead < kChunks)
+        look_up(now, c + kAhead);
+      else
+        look_up(next, c + kAhead - kChunks);
       const int stage = done % Tile::kStages;
       if (c % kTileChunks == 0) {
         wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
@@ -283,7 +288,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   }
   wgmma_wait<0>();
   release(done - 1);
-  wait_for_previous();  // whose sums may lie in this workspace
+  wait_for_previous();                                                // whose sums may lie in this workspace
   const bool halves = N == 8 && job.scale >= 0 && tokens.count <= 4;  // slots 4 .. 7: what rounding has cut off
 #pragma unroll
   for (int i = 0; i < N / 2; i++) {
@@ -294,8 +299,8 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   }
 }
 
-// `kOnly`: the kind of all jobs with look-ups, or kDot if there are several, which takes more registers than wgmma would
-// like to have.
+// `kOnly`: the kind of all jobs with look-ups, or kDot if there are several, which takes more registers than wgmma
+// would like to have.
 template <typename T, int N, Kind kOnly>
 __global__ void __launch_bounds__(kWideThreads, 1)
     wide_kernel(const Layer layer, const Tokens tokens, const Tokens prepared, const Job* __restrict__ jobs,
@@ -337,7 +342,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       } else {
         fill_images<true>(books, all + job.book, job.book_rows, job.copies);
         if (kind == Kind::kBytePairs)
-          fill_images<true>(books + ((job.book_rows + 7) & ~7) * job.copies, all + job.res_book, job.res_rows, job.copies);
+          fill_images<true>(books + ((job.book_rows + 7) & ~7) * job.copies, all + job.res_book, job.res_rows,
+                            job.copies);
       }
       __syncthreads();
     }
@@ -379,7 +385,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 template <typename T, int N, Kind kOnly>
 cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Tokens& prepared, const Launch& work) {
   auto kernel = wide_kernel<T, N, kOnly>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
   if (error != cudaSuccess) return error;
   return launch(kernel, dim3(work.thread_blocks), kWideThreads, work.shared_bytes, work.stream, true, layer, tokens,
                 prepared, work.jobs, work.starts, work.workspace, work.stride);
@@ -392,21 +399,32 @@ cudaError_t multiply_wide_of(Kind only, const Layer& layer, const Tokens& tokens
   auto of_kind = [&](auto slots) {
     constexpr int N = decltype(slots)::value;
     switch (only) {
-      case Kind::kBytes: return go(run_wide<T, N, Kind::kBytes>);
-      case Kind::kBytePairs: return go(run_wide<T, N, Kind::kBytePairs>);
-      case Kind::kShorts: return go(run_wide<T, N, Kind::kShorts>);
-      case Kind::kFar: return go(run_wide<T, N, Kind::kFar>);
-      case Kind::kFarBytes: return go(run_wide<T, N, Kind::kFarBytes>);
-      default: return go(run_wide<T, N, Kind::kDot>);
+      case Kind::kBytes:
+        return go(run_wide<T, N, Kind::kBytes>);
+      case Kind::kBytePairs:
+        return go(run_wide<T, N, Kind::kBytePairs>);
+      case Kind::kShorts:
+        return go(run_wide<T, N, Kind::kShorts>);
+      case Kind::kFar:
+        return go(run_wide<T, N, Kind::kFar>);
+      case Kind::kFarBytes:
+        return go(run_wide<T, N, Kind::kFarBytes>);
+      default:
+        return go(run_wide<T, N, Kind::kDot>);
     }
   };
   if (tokens.count > slots) return cudaErrorInvalidValue;
   switch (slots) {
-    case 8: return of_kind(std::integral_constant<int, 8>());
-    case 16: return of_kind(std::integral_constant<int, 16>());
-    case 32: return of_kind(std::integral_constant<int, 32>());
-    case 64: return of_kind(std::integral_constant<int, 64>());
-    default: return cudaErrorInvalidValue;
+    case 8:
+      return of_kind(std::integral_constant<int, 8>());
+    case 16:
+      return of_kind(std::integral_constant<int, 16>());
+    case 32:
+      return of_kind(std::integral_constant<int, 32>());
+    case 64:
+      return of_kind(std::integral_constant<int, 64>());
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

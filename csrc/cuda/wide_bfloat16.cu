@@ -3,8 +3,8 @@
 
 namespace vptq {
 
-cudaError_t multiply_wide_bfloat16(Kind only, const Layer& layer, const Tokens& tokens, const Tokens& prepared, int slots,
-                               const Launch& work) {
+cudaError_t multiply_wide_bfloat16(Kind only, const Layer& layer, const Tokens& tokens, const Tokens& prepared,
+                                   int slots, const Launch& work) {
   return multiply_wide_of<__nv_bfloat16>(only, layer, tokens, prepared, slots, work);
 }
 

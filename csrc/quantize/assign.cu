@@ -14,11 +14,11 @@
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kPoints = 4;                // of a thread
-constexpr int kTile = 32 * kPoints;       // of a block
-constexpr int kChunk = kThreads;          // centroids in shared memory
-constexpr float kFar = 3.402823466e38f;   // the largest float: of padding
-constexpr int kSpread = 8;                // columns that a thread of `spread` changes
+constexpr int kPoints = 4;               // of a thread
+constexpr int kTile = 32 * kPoints;      // of a block
+constexpr int kChunk = kThreads;         // centroids in shared memory
+constexpr float kFar = 3.402823466e38f;  // the largest float: of padding
+constexpr int kSpread = 8;               // columns that a thread of `spread` changes
 
 using Key = unsigned long long;  // a score, made to sort as an integer, above the index
 
@@ -46,9 +46,9 @@ __device__ inline float score(const float (&minus)[V], const float* centroid, fl
 // Lowers nearest[n] to the key of the best centroid of the book, or of those behind `after[n]` in the order of keys.
 // Lanes hold points; warps share the centroids of a chunk, blockIdx.y the chunks.
 template <int V, bool After>
-__global__ void __launch_bounds__(kThreads) search(const float* __restrict__ points, int64_t n,
-                                                   const float* __restrict__ book, int k, int per_block,
-                                                   const Key* __restrict__ after, Key* __restrict__ nearest) {
+__global__ void __launch_bounds__(kThreads)
+    search(const float* __restrict__ points, int64_t n, const float* __restrict__ book, int k, int per_block,
+           const Key* __restrict__ after, Key* __restrict__ nearest) {
   constexpr int kGroup = V <= 8 ? 4 : 2;  // centroids whose minimum is kept before it is known which it was
   __shared__ __align__(16) float entries[kChunk][padded(V)];
   __shared__ __align__(16) float half_norms[kChunk];
@@ -262,8 +262,8 @@ void launch_choice(const float* points, int64_t n, const Books& books, const Scr
     launch_search<V>(points, n, books.main, books.k, t ? nearest + (t - 1) * n : nullptr, nearest + t * n, processors,
                      stream);
   if (books.residual) {
-    leave<V><<<blocks_for(n * candidates, 128), 128, 0, stream>>>(points, n, candidates, books.main, nearest,
-                                                                  scratch.left);
+    leave<V>
+        <<<blocks_for(n * candidates, 128), 128, 0, stream>>>(points, n, candidates, books.main, nearest, scratch.left);
     launch_search<V>(scratch.left, n * candidates, books.residual, books.r, nullptr, nearest_residual, processors,
                      stream);
   }
@@ -288,7 +288,8 @@ void launch_block(float* block, int columns, int64_t rows, const float* matrix, 
   }
 }
 
-// Calls f with the vector length as a constant; -1 for one that the format does not have, else CUDA's error, 0 for none.
+// Calls f with the vector length as a constant; -1 for one that the format does not have, else CUDA's error, 0 for
+// none.
 template <int V = 2, typename F>
 int with_vector_length(int64_t v, F&& f) {
   if constexpr (V > 16) {
@@ -302,20 +303,20 @@ int with_vector_length(int64_t v, F&& f) {
 
 }  // namespace
 
-// All are asynchronous on a stream of a device. main [k, v]; residual [r, v] or null, and with it residual_index and left;
-// 1 <= candidates <= k, 1 without a residual; keys int64 [2, candidates, n], left [candidates, n, v]: scratch, n being
-// the points of a column. `processors`: the multiprocessors of the device.
+// All are asynchronous on a stream of a device. main [k, v]; residual [r, v] or null, and with it residual_index and
+// left; 1 <= candidates <= k, 1 without a residual; keys int64 [2, candidates, n], left [candidates, n, v]: scratch, n
+// being the points of a column. `processors`: the multiprocessors of the device.
 
 // points [n, v]; writes index [n].
 extern "C" int vptq_assign(const float* points, int64_t n, int64_t v, const float* main, int64_t k,
                            const float* residual, int64_t r, int64_t candidates, int64_t* index,
                            int64_t* residual_index, Key* keys, float* left, int64_t processors, int64_t device,
-                               cudaStream_t stream) {
+                           cudaStream_t stream) {
   const Books books{main, residual, int(k), int(r), int(candidates)};
   if (const int error = cudaSetDevice(int(device))) return error;
   return with_vector_length(v, [&](auto length) {
-    launch_choice<decltype(length)::value, Use::kAssign>(points, n, books, {keys, left}, nullptr, index,
-                                                         residual_index, nullptr, int(processors), stream);
+    launch_choice<decltype(length)::value, Use::kAssign>(points, n, books, {keys, left}, nullptr, index, residual_index,
+                                                         nullptr, int(processors), stream);
   });
 }
 
@@ -325,8 +326,7 @@ extern "C" int vptq_assign(const float* points, int64_t n, int64_t v, const floa
 extern "C" int vptq_code_block(float* block, int64_t columns, int64_t rows, int64_t v, const float* factor,
                                int64_t factor_stride, const float* main, int64_t k, const float* residual, int64_t r,
                                int64_t candidates, int64_t* index, int64_t* residual_index, float* errors, Key* keys,
-                               float* left, int64_t processors, int64_t device,
-                               cudaStream_t stream) {
+                               float* left, int64_t processors, int64_t device, cudaStream_t stream) {
   const Books books{main, residual, int(k), int(r), int(candidates)};
   if (const int error = cudaSetDevice(int(device))) return error;
   return with_vector_length(v, [&](auto length) {
@@ -337,13 +337,12 @@ extern "C" int vptq_code_block(float* block, int64_t columns, int64_t rows, int6
 }
 
 // A block of aims [columns, rows, v], which it changes; each column moves in turn to the choice nearest to its aim,
-// given all others. pull [columns, columns], rows pull_stride apart: how far a column's move shifts another's aim. Reads
-// and writes index and residual_index [columns, rows]; writes the moves [columns, rows, v].
+// given all others. pull [columns, columns], rows pull_stride apart: how far a column's move shifts another's aim.
+// Reads and writes index and residual_index [columns, rows]; writes the moves [columns, rows, v].
 extern "C" int vptq_sweep_block(float* aim, int64_t columns, int64_t rows, int64_t v, const float* pull,
                                 int64_t pull_stride, const float* main, int64_t k, const float* residual, int64_t r,
                                 int64_t candidates, int64_t* index, int64_t* residual_index, float* moves, Key* keys,
-                                float* left, int64_t processors, int64_t device,
-                               cudaStream_t stream) {
+                                float* left, int64_t processors, int64_t device, cudaStream_t stream) {
   const Books books{main, residual, int(k), int(r), int(candidates)};
   if (const int error = cudaSetDevice(int(device))) return error;
   return with_vector_length(v, [&](auto length) {
