@@ -4,11 +4,11 @@
 #pragma once
 
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <condition_variable>
 #include <thread>
 #include <vector>
 

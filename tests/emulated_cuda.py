@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm_vptq.build import cpu
 from vllm_vptq.build.cache import sources
 
-_LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?), (\w+), 0, stream>>>\((.*?)\);", re.DOTALL)
+_LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)\s*<<<([^;]*?), (\w+), 0, stream>>>\((.*?)\);", re.DOTALL)
 
 
 def emulated(name: str, folder: Path) -> ctypes.CDLL:

@@ -11,21 +11,21 @@
 #endif
 
 namespace portable {
-#include "linear_kernels.h"
 #include "simd_portable.h"
+#include "linear_kernels.h"
 }  // namespace portable
 
 #if defined(__x86_64__)
 namespace avx2 {
-#include "linear_kernels.h"
 #include "simd_avx2.h"
 #include "unpack_avx2.h"
+#include "linear_kernels.h"
 }  // namespace avx2
 
 namespace avx512 {
-#include "linear_kernels.h"
 #include "simd_avx512.h"
 #include "unpack_avx2.h"
+#include "linear_kernels.h"
 }  // namespace avx512
 
 inline InstructionSet widest() {
