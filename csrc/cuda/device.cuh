@@ -158,11 +158,6 @@ __device__ __forceinline__ unsigned load_once(const unsigned* p) {
 }
 
 // From shared memory by its own address: a generic pointer would have to be resolved first.
-__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
-  uint4 r;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(address));
-  return r;
-}
 __device__ __forceinline__ unsigned load_shared_word(uint32_t address) {
   unsigned r;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(address));

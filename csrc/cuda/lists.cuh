@@ -27,12 +27,6 @@ __device__ __forceinline__ int lane_of_row(int i) { return i & ~24 | (i & 8) << 
 __device__ __forceinline__ unsigned join_entry(unsigned column_of, unsigned row_of) {
   return (column_of & ~0u << 19) | (row_of & ~(~0u << 19));
 }
-__device__ __forceinline__ int entry_column(unsigned entry, int span) {
-  const int row = entry >> 19;
-  return span * kSpanTiles * kTileColumns + (row < kTileRows ? row : row - kTileRows + kTileColumns);
-}
-__device__ __forceinline__ bool entry_pads(unsigned entry) { return (entry >> 19) % kTileRows == kTileColumns; }
-__device__ __forceinline__ unsigned entry_slice_row(unsigned entry) { return entry >> 2 & (kSliceRows - 1); }
 
 // The slice in shared memory: filled by the copy engine where there is one, once for neighbouring jobs of a block.
 struct SliceCopy {
@@ -117,11 +111,6 @@ class ListParts {
   }
 };
 
-// How many lists a warp has to end.
-__device__ __forceinline__ int lists_of_warp(const Job& job) {
-  return (job.row_end - job.row_begin - int(threadIdx.x / 32) + kWarps - 1) / kWarps;
-}
-
 // Parts of lists on their way to registers, kRing of them.
 template <int kRing, int kAhead, int kGrain = 1>
 class ListReader {
@@ -140,7 +129,7 @@ class ListReader {
   // Calls multiply(i) for every block, whose place in the ring that is, and store(row) after the last of a list.
   template <typename Multiply, typename Store>
   __device__ __forceinline__ void walk(const Job& job, const Multiply& multiply, const Store& store) {
-    for (int left = lists_of_warp(job); left > 0;) {
+    for (int left = (job.row_end - job.row_begin - int(threadIdx.x / 32) + kWarps - 1) / kWarps; left > 0;) {
 #pragma unroll
       for (int i = 0; i < kRing; i++) {
         multiply(i);
