@@ -36,7 +36,6 @@ from tests.packers import (
     Shared,
     entry_of_image_row,
     image_row,
-    resident_place,
     round8,
 )
 from tests.shards import CPU, fused_layer
@@ -48,6 +47,8 @@ from vllm_vptq.parameters import ModuleShard, cut_module
 
 RING_ROWS = RING_BYTES // 16
 STRIP_SUMS = WIDE_TILES * TILE_OUTPUTS
+STRIP_COLUMNS = 32
+"""Of a warp of decode.cu."""
 
 
 class Kernels:
@@ -323,15 +324,22 @@ class Kernels:
             tiles = range((begin + skip) // per_tile, min(-(-(end + skip) // per_tile), job.row_end))
             if not tiles:
                 continue
-            vectors = self._plain_vectors(job, tiles)
+            pairs = job.kind == Kind.BYTE_PAIRS
+            vectors = self._named_vectors(job, tiles, job.book, job.book_rows, 0)
+            if pairs:
+                vectors += self._named_vectors(job, tiles, job.res_book, job.res_rows, 1)
             if d.residual.kind != ABSENT:
-                assert d.residual.column_end == job.column_end
-                vectors = vectors + self._plain_vectors(d.residual, tiles)
-            row, column = resident_place(np.array(tiles), 1, vectors.shape[1], job.width)
-            row, column = row[:, 0].swapaxes(1, 2)[..., None], column[:, 0].swapaxes(1, 2)[..., None]
-            plane = job.plane + (LANES % 2 if job.width == 16 else 0 * LANES)
-            element = plane[:, None] * 8 + np.arange(8)
-            output = row * length + element - skip
+                residual = d.residual
+                assert residual.column_end == job.column_end and residual.width == job.width and not pairs
+                vectors += self._named_vectors(residual, tiles, residual.book, residual.book_rows, 0)
+            # ldmatrix.trans: element lane / 4 of the vectors that two lanes of each of the four matrices name.
+            mine = np.arange(8) // 2 * 8 + LANES[:, None] % 4 * 2 + np.arange(8) % 2
+            vectors = vectors[:, :, :, mine, LANES[:, None] // 4]
+            row, strip, half, lane, place = np.ogrid[tuple(slice(n) for n in vectors.shape)]
+            row += tiles.start
+            element = job.plane * 8 + lane // 4 + (half * 8 if job.width == 16 else 0)
+            output = (row if job.width == 16 else 2 * row + half) * length + element - skip
+            column = strip * STRIP_COLUMNS + lane % 4 * 8 + place
             kept = (element < length) & (output >= begin) & (output < end) & (column < job.column_end)
             output, column = (np.broadcast_to(a, kept.shape)[kept] for a in (output, column))
             source, value = self._sources(job)[column], vectors[kept]
@@ -346,20 +354,26 @@ class Kernels:
             assert np.isnan(weight).sum() == left - len(value), "a weight was written twice, or from nowhere"
         return weight
 
-    def _plain_vectors(self, job: Job, tiles: range) -> np.ndarray:
-        """Vectors ``[tiles, steps, 32, 8]`` of all columns, from the books as they are."""
-        code = self._codes(job, tiles)[:, : -(-job.column_end // 128) * 8]
-        assert code.shape[1] * 16 >= job.column_end
-        if job.kind == Kind.BYTE_PAIRS:
-            book, residual = self._book(job.book, job.book_rows), self._book(job.res_book, job.res_rows)
-            return book[code & 0xFF] + residual[code >> 8]
-        if job.kind == Kind.FAR:
-            half = LANES % 2 if job.width == 16 else 0 * LANES
-            assert job.plane + half.max() < job.copies
-            return self._book(job.book, job.book_rows * job.copies)[code * job.copies + job.plane + half]
-        assert job.kind in (Kind.BYTES, Kind.SHORTS)
-        entry = code if job.kind == Kind.BYTES else entry_of_image_row(code, job.book_rows)
-        return self._book(job.book, job.book_rows)[entry]
+    def _named_vectors(self, job: Job, tiles: range, book: int, book_rows: int, second: int) -> np.ndarray:
+        """Vectors ``[tiles, strips, 2, 32, 8]`` as the lanes of ldmatrix name them, of two vector rows or halves."""
+        kind, wide = Kind(job.kind), job.width == 16
+        tile, strip, half, lane = np.ogrid[tiles.start : tiles.stop, : -(-job.column_end // STRIP_COLUMNS), :2, :32]
+        row = lane % 8  # of a matrix
+        of_codes = row // 2 % 2 * (8 if wide else 16) + lane // 8 * 2 + row % 2 + (0 if wide else half * 8)
+        per_load, word = (8, strip % 8 // 2) if kind == Kind.BYTES else (4, strip % 4)
+        at = tile * job.row_words + (strip // per_load * (16 if wide else 32) + of_codes) * 4 + word
+        assert at.min() >= 0 and (at < (tile + 1) * job.row_words).all()
+        words = self._take("codes", job.codes, at.max() + 1)[at]
+        if kind in (Kind.BYTES, Kind.BYTE_PAIRS):
+            byte = strip % 2 * 2 + row // 4 if kind == Kind.BYTES else row // 4 * 2 + second
+            entry = words >> 8 * byte & 0xFF
+        else:
+            entry = words >> 16 * (row // 4) & 0xFFFF
+        if kind == Kind.FAR:
+            plane = job.plane + (half if wide else 0 * half)
+            assert plane.max() < job.copies
+            return self._book(book, book_rows * job.copies)[entry * job.copies + plane]
+        return self._book(book, book_rows)[entry_of_image_row(entry, book_rows) if kind == Kind.SHORTS else entry]
 
 
 class Workspace:

@@ -20,17 +20,18 @@ __global__ void __launch_bounds__(kPrepareThreads)
     chunk -= (records->columns + kPrepareColumns - 1) / kPrepareColumns;
   const Preparation record = *records;
   const int column = chunk * kPrepareColumns + threadIdx.x * kEach, token = blockIdx.y;
-  const float* scale = record.scale < 0 ? nullptr : layer.norm + record.scale;
-  const float* shift = record.shift < 0 ? nullptr : layer.norm + record.shift;
-  const int32_t* list = record.column_list < 0 ? nullptr : layer.columns + record.column_list;
+  // Flags rather than null: see inputs.cuh.
+  const bool has_scale = record.scale >= 0, has_shift = record.shift >= 0, has_list = record.column_list >= 0;
+  const float *scale = layer.norm + record.scale, *shift = layer.norm + record.shift;
+  const int32_t* list = layer.columns + record.column_list;
   int sources[kEach];
   float factors[kEach], shifts[kEach];
 #pragma unroll
   for (int e = 0; e < kEach; e++) {
     const int there = min(column + e, record.columns - 1);
-    sources[e] = list ? __ldg(list + there) : there;
-    factors[e] = scale ? __ldg(scale + sources[e]) : 1.f;
-    shifts[e] = record.dot < 0 ? 0.f : shift ? __ldg(shift + sources[e]) : 1.f;
+    sources[e] = has_list ? __ldg(list + there) : there;
+    factors[e] = has_scale ? __ldg(scale + sources[e]) : 1.f;
+    shifts[e] = record.dot < 0 ? 0.f : has_shift ? __ldg(shift + sources[e]) : 1.f;
   }
   wait_for_previous();
   const T* x = static_cast<const T*>(tokens.x) + token * tokens.row_stride;
