@@ -357,9 +357,10 @@ class Kernels:
     def _named_vectors(self, job: Job, tiles: range, book: int, book_rows: int, second: int) -> np.ndarray:
         """Vectors ``[tiles, strips, 2, 32, 8]`` as the lanes of ldmatrix name them, of two vector rows or halves."""
         kind, wide = Kind(job.kind), job.width == 16
-        tile, strip, half, lane = np.ogrid[tiles.start : tiles.stop, : -(-job.column_end // STRIP_COLUMNS), :2, :32]
-        row = lane % 8  # of a matrix
-        of_codes = row // 2 % 2 * (8 if wide else 16) + lane // 8 * 2 + row % 2 + (0 if wide else half * 8)
+        tile, strip, load, lane = np.ogrid[tiles.start : tiles.stop, : -(-job.column_end // STRIP_COLUMNS), :2, :32]
+        named = lane // 2 if wide else lane
+        row = named % 8  # of a matrix
+        of_codes = row // 2 % 2 * (8 if wide else 16) + named // 8 * 2 + row % 2 + load * (4 if wide else 8)
         per_load, word = (8, strip % 8 // 2) if kind == Kind.BYTES else (4, strip % 4)
         at = tile * job.row_words + (strip // per_load * (16 if wide else 32) + of_codes) * 4 + word
         assert at.min() >= 0 and (at < (tile + 1) * job.row_words).all()
@@ -370,9 +371,11 @@ class Kernels:
         else:
             entry = words >> 16 * (row // 4) & 0xFFFF
         if kind == Kind.FAR:
-            plane = job.plane + (half if wide else 0 * half)
+            plane = job.plane + (lane % 2 if wide else 0 * lane)
             assert plane.max() < job.copies
-            return self._book(book, book_rows * job.copies)[entry * job.copies + plane]
+            vectors = self._book(book, book_rows * job.copies)[entry * job.copies + plane]
+            # The halves of an entry, which neighbouring lanes copy, are of different outputs.
+            return vectors.reshape(*entry.shape[:2], 32, 2, 8).swapaxes(2, 3) if wide else vectors
         return self._book(book, book_rows)[entry_of_image_row(entry, book_rows) if kind == Kind.SHORTS else entry]
 
 

@@ -19,7 +19,8 @@ constexpr int kMostDecodings = 8;                           // of a launch, whos
 constexpr int kCopiesAhead = 2;                             // rows whose vectors are
 constexpr int kMostImageRows = 14000;                       // of two books, in 227 KiB of shared memory
 constexpr int kMultiprocessorBytes = 228 * 1024;            // of shared memory, of which each block takes 1 KiB more
-constexpr int kCopiedBytes = kDecodeWarps * kCopiesAhead * 2 * 32 * 16;
+constexpr int kRowBytes = 2 * 32 * 16;                      // that a warp copies for a row
+constexpr int kCopiedBytes = kDecodeWarps * kCopiesAhead * kRowBytes;
 
 // Where the vectors of a book are: nowhere; in eight images of each in shared memory; in one; in memory.
 enum class Look { kNone, kBytes, kShorts, kCopied };
@@ -29,17 +30,19 @@ struct Decodings {
   int first_row[kMostDecodings], rows[kMostDecodings];  // of 16 outputs, or of two vectors
   int blocks[kMostDecodings + 1];                       // before those of each
   int count;
+  int hot;  // of a book in memory, the first entries that are held in shared memory all the same
 };
 
 // A lane is 8 * matrix + row for ldmatrix. It names column 8 (row / 2) + 2 * matrix + row % 2 of a strip, so that the
-// four numbers pairs it gets are of neighbouring columns. A code of that column is in the words of another lane of the
-// order that resident.cuh loads them in, of a word's two steps in the first or the second.
+// four pairs of numbers that a lane gets are of neighbouring columns. A code of that column is in the words of another
+// lane of the order that resident.cuh loads them in: of a word's two steps in the first or the second. Where entries
+// have 16 elements, two lanes copy one, for the column that lane / 2 names, then for the one that lane / 2 + 16 does.
 struct Place {
-  int lane_of_codes;  // for the first of two vector rows; or of 16, where two lanes share a word
+  int lane_of_codes;  // for the first of two loads
   int second_step;
 
   __device__ explicit Place(bool wide) {
-    const int lane = threadIdx.x % 32, row = lane % 8;
+    const int lane = wide ? threadIdx.x % 32 / 2 : threadIdx.x % 32, row = lane % 8;
     lane_of_codes = (row / 2 % 2) * (wide ? 8 : 16) + lane / 8 * 2 + row % 2;
     second_step = row / 4;
   }
@@ -52,16 +55,17 @@ struct Book {
   int planes;            // 16-byte rows of each
   int rows8;             // of an image, of which the code names one; 0 if it is the entry
   uint32_t images;       // in shared memory: the lane's
+  unsigned hot;          // entries of a book in memory that are there
   const unsigned* words;
-  int row_words, second_words;  // words to the next row, and to the second vector row of the same
+  int row_words, second_words;  // words to the next row, and to the second load of the same
   unsigned pick;                // bytes of a word that are the code, as __byte_perm takes them
 
-  __device__ Book(const Layer& layer, const Job& job, uint32_t shared, bool second) {
+  __device__ Book(const Layer& layer, const Job& job, uint32_t shared, bool second, int hot_) : hot(hot_) {
     const Kind kind = Kind(job.kind);
     const bool of_pair = second && kind == Kind::kBytePairs;
     entries = static_cast<const uint4*>(layer.books) + (of_pair ? job.res_book : job.book);
     planes = kind == Kind::kFar ? job.copies : 1;
-    if (kind == Kind::kFar) entries += job.plane;
+    if (kind == Kind::kFar) entries += job.plane + (job.width == 16 ? threadIdx.x % 2 : 0);
     rows8 = kind == Kind::kShorts ? (job.book_rows + 7) & ~7 : 0;
     images = shared + (kLook == Look::kBytes ? threadIdx.x % 8 * 16 : 0);
   }
@@ -75,7 +79,7 @@ struct Book {
     words = reinterpret_cast<const unsigned*>(layer.codes) + job.codes +
             (loads * (wide ? 16 : 32) + place.lane_of_codes) * 4 + word;
     row_words = job.row_words;
-    second_words = wide ? 0 : 8 * 4;
+    second_words = (wide ? 4 : 8) * 4;
     const int byte = kind == Kind::kBytes ? strip % 2 * 2 + place.second_step : place.second_step * 2;
     if (kind == Kind::kBytes)
       pick = 0x4440 | byte;
@@ -93,22 +97,25 @@ struct Book {
     if (kLook == Look::kBytes) return code;
     return kLook == Look::kShorts || rows8 ? entry_of_image_row(code, rows8) : code;
   }
-  // Of the images.
-  __device__ __forceinline__ uint32_t address(unsigned word) const {
-    return images + entry(word) * (kLook == Look::kBytes ? 128 : 16);
+  // Of the images, or of what was copied.
+  __device__ __forceinline__ uint32_t address(unsigned word, uint32_t copied) const {
+    const unsigned at = entry(word);
+    if (kLook == Look::kCopied) return at < hot ? images + at * 16 : copied;
+    return images + at * (kLook == Look::kBytes ? 128 : 16);
   }
-  // To this lane's place; `plane` further than the first.
-  __device__ __forceinline__ void copy(uint32_t to, unsigned word, int plane) const {
-    const uint4* from = entries + size_t(entry(word)) * planes + plane;
-    if (planes > 1 || !rows8)
-      copy_async16(to, from);  // the L1 cache would seldom have it
+  __device__ __forceinline__ void copy(uint32_t to, unsigned word) const {
+    const unsigned at = entry(word);
+    if (at < hot) return;
+    if (rows8)
+      copy_async16_cached(to, entries + size_t(at) * planes);
     else
-      copy_async16_cached(to, from);
+      copy_async16(to, entries + size_t(at) * planes);  // the L1 cache would seldom have it
   }
   // By all threads of a block, which are to meet afterwards.
   __device__ __forceinline__ void fill(uint4* shared, int rows) const {
     if constexpr (kLook == Look::kBytes) fill_images<true>(shared, entries, rows, 8);
-    if constexpr (kLook == Look::kShorts) {
+    if (kLook == Look::kCopied) rows = hot;
+    if (rows && (kLook == Look::kShorts || kLook == Look::kCopied)) {
       const int first = blockIdx.x * 61 % rows;  // see fill_images
       for (int i = threadIdx.x; i < rows; i += kDecodeThreads) {
         const int row = i + first < rows ? i + first : i + first - rows;
@@ -122,6 +129,12 @@ struct Book {
 
 __host__ __device__ constexpr int image_bytes(Look look, int rows) {
   return look == Look::kBytes ? rows * 128 : look == Look::kShorts ? (rows + 7 & ~7) * 16 : 0;
+}
+
+// Entries of a book in memory to be held in shared memory, where those of two planes do not lie beside each other.
+__host__ __device__ constexpr int hot_rows(const Job& job, int most) {
+  if (Kind(job.kind) != Kind::kFar || job.copies != 1) return 0;
+  return most < job.book_rows ? most : job.book_rows;
 }
 
 // Both numbers rounded once.
@@ -143,7 +156,8 @@ __device__ __forceinline__ void load8(float (&to)[8], const float* from) {
 
 template <Look kMain, Look kResidual>
 __host__ __device__ constexpr int decode_blocks() {  // per multiprocessor
-  return kMain == Look::kShorts && kResidual == Look::kShorts ? 1 : 2;
+  const bool copies = kMain == Look::kCopied || kResidual == Look::kCopied;
+  return copies || (kMain == Look::kShorts && kResidual == Look::kShorts) ? 1 : 2;
 }
 
 template <typename T, Look kMain, Look kResidual>
@@ -152,7 +166,8 @@ __global__ void __launch_bounds__(kDecodeThreads, (decode_blocks<kMain, kResidua
   constexpr bool kPairs = kMain == Look::kBytes && kResidual == Look::kBytes;
   constexpr int kStreams = kResidual == Look::kNone || kPairs ? 1 : 2;
   constexpr bool kCopies = kMain == Look::kCopied || kResidual == Look::kCopied;
-  constexpr int kAhead = kCopies && kStreams == 2 ? 3 : 4;  // rows whose codes are on their way
+  constexpr int kAhead = kCopies ? 8 : 4;  // rows whose codes are on their way
+  static_assert(kAhead % kCopiesAhead == 0);
   extern __shared__ uint4 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -164,13 +179,16 @@ __global__ void __launch_bounds__(kDecodeThreads, (decode_blocks<kMain, kResidua
   const Place place(wide);
 
   // Shared memory: images of both books, then what is copied.
-  uint4* res_images = shared + image_bytes(kMain, job.book_rows) / 16;
+  const int hot = kMain == Look::kCopied ? hot_rows(job, all.hot) : 0;
+  uint4* res_images = shared + image_bytes(kMain, job.book_rows) / 16 + hot;
   const int res_rows = kPairs ? job.res_rows : residual.book_rows;
   uint4* copied = res_images + image_bytes(kResidual, res_rows) / 16;
-  const uint32_t place_copied = shared_address(copied) + (warp * kCopiesAhead * 64 + lane) * 16;
-  const uint32_t res_copied = place_copied + (kMain == Look::kCopied ? kCopiedBytes : 0);
-  Book<kMain> book(layer, job, shared_address(shared), false);
-  Book<kResidual> res_book(layer, residual, shared_address(res_images), true);
+  const uint32_t copied_bytes = shared_address(copied) + warp * kCopiesAhead * kRowBytes;
+  const uint32_t to_copied = copied_bytes + (wide ? lane % 2 * 32 + lane / 2 : lane) * 16;
+  const uint32_t from_copied = copied_bytes + lane * 16;
+  constexpr uint32_t kSecond = kMain == Look::kCopied ? kCopiedBytes : 0;  // to the other book's vectors
+  Book<kMain> book(layer, job, shared_address(shared), false, hot);
+  Book<kResidual> res_book(layer, residual, shared_address(res_images), true, 0);
 
   struct Words {
     unsigned of[kStreams][2];
@@ -187,9 +205,9 @@ __global__ void __launch_bounds__(kDecodeThreads, (decode_blocks<kMain, kResidua
   auto copy = [&](const Words& words, int slot) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int at = (slot * 2 + half) * 32 * 16, plane = wide ? half : 0;
-      if (kMain == Look::kCopied) book.copy(place_copied + at, words.of[0][half], plane);
-      if (kResidual == Look::kCopied) res_book.copy(res_copied + at, words.of[kStreams - 1][half], plane);
+      const uint32_t to = to_copied + slot * kRowBytes + half * (wide ? kRowBytes / 4 : kRowBytes / 2);
+      if (kMain == Look::kCopied) book.copy(to, words.of[0][half]);
+      if (kResidual == Look::kCopied) res_book.copy(to + kSecond, words.of[kStreams - 1][half]);
     }
     copy_async_commit();
   };
@@ -244,77 +262,82 @@ __global__ void __launch_bounds__(kDecodeThreads, (decode_blocks<kMain, kResidua
       for (int i = 0; i < kCopiesAhead; i++) copy(ahead[i], i);
     }
     // In the window, which `size` is of; of the second vector row, or of the second half of one, that many further.
-    const int output = begin * row_outputs + element - d.part.skip - d.window.begin;
+    int output = begin * row_outputs + element - d.part.skip - d.window.begin;
     const int size = d.window.end - d.window.begin;
     const int sizes[2] = {element < job.vector_len ? size : 0, element + (wide ? 8 : 0) < job.vector_len ? size : 0};
-    // `usual`: there is no norm over rows, and every lane has 8 columns that lie side by side.
-    auto walk = [&](auto usual) {
+    T* to = static_cast<T*>(d.weight) + output * stride + column;
+    // The next row; `usual`: there is no norm over rows, and every lane has 8 columns that lie side by side.
+    auto store = [&](const Words& words, int slot, auto usual) {
       constexpr bool kUsual = decltype(usual)::value;
-      int at = output;
-      T* to = static_cast<T*>(d.weight) + at * stride + column;
+      if (kCopies) {
+        copy_async_wait<kCopiesAhead - 1>();
+        __syncwarp();
+      }
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const uint32_t from = from_copied + slot * kRowBytes + half * kRowBytes / 2;
+        unsigned columns[4], extra[4];
+        ldmatrix_trans(columns, book.address(words.of[0][half], from));
+        if (kResidual != Look::kNone)
+          ldmatrix_trans(extra, res_book.address(words.of[kStreams - 1][half], from + kSecond));
+        const int mine = output + half * half_outputs;
+        if (unsigned(mine) >= unsigned(sizes[half])) continue;
+        if (kResidual != Look::kNone || has_scale || (!kUsual && has_row_norm)) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            float2 value = unpack<T>(columns[e]);
+            if (kResidual != Look::kNone) {
+              const float2 more = unpack<T>(extra[e]);
+              value.x += more.x;
+              value.y += more.y;
+            }
+            value.x = value.x * scale[2 * e] + shift[2 * e];
+            value.y = value.y * scale[2 * e + 1] + shift[2 * e + 1];
+            if (!kUsual && has_row_norm) {
+              const float factor = __ldg(layer.norm + d.module.scale + d.window.begin + mine);
+              const float offset = __ldg(layer.norm + d.module.shift + d.window.begin + mine);
+              value.x = value.x * factor + offset;
+              value.y = value.y * factor + offset;
+            }
+            columns[e] = rounded(value.x, value.y, T());
+          }
+        }
+        T* out = to + half * half_outputs * stride;
+        if (kUsual) {
+          *reinterpret_cast<uint4*>(out) = make_uint4(columns[0], columns[1], columns[2], columns[3]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 8; e++) {
+            const uint16_t bits = uint16_t(columns[e / 2] >> e % 2 * 16);
+            if (column + e < job.column_end)
+              reinterpret_cast<uint16_t*>(out)[has_list ? __ldg(list + column + e) - column : e] = bits;
+          }
+        }
+      }
+      if (kCopies) __syncwarp();
+      output += row_outputs;
+      to += row_outputs * stride;
+    };
+    if (!has_row_norm && __all_sync(kAllLanes, whole)) {
+      // Words stay in their registers: to move them would be to wait for them.
+      for (int row = begin; row < end; row += kAhead) {
+        unrolled<kAhead>([&](auto i) {
+          if (row + i >= end) return;
+          store(ahead[i], i % kCopiesAhead, std::true_type());
+          if (kCopies) copy(ahead[(i + kCopiesAhead) % kAhead], i % kCopiesAhead);
+          ahead[i] = load(min(row + i + kAhead, end - 1));
+        });
+      }
+    } else {
       for (int row = begin; row < end; row++) {
         const int slot = (row - begin) % kCopiesAhead;
-        if (kCopies) {
-          copy_async_wait<kCopiesAhead - 1>();
-          __syncwarp();
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const uint32_t from = (slot * 2 + half) * 32 * 16;
-          unsigned columns[4], extra[4];
-          ldmatrix_trans(columns, kMain == Look::kCopied ? place_copied + from : book.address(ahead[0].of[0][half]));
-          if (kResidual != Look::kNone)
-            ldmatrix_trans(extra, kResidual == Look::kCopied ? res_copied + from
-                                                             : res_book.address(ahead[0].of[kStreams - 1][half]));
-          const int mine = at + half * half_outputs;
-          if (unsigned(mine) >= unsigned(sizes[half])) continue;
-          if (kResidual != Look::kNone || has_scale || (!kUsual && has_row_norm)) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-              float2 value = unpack<T>(columns[e]);
-              if (kResidual != Look::kNone) {
-                const float2 more = unpack<T>(extra[e]);
-                value.x += more.x;
-                value.y += more.y;
-              }
-              value.x = value.x * scale[2 * e] + shift[2 * e];
-              value.y = value.y * scale[2 * e + 1] + shift[2 * e + 1];
-              if (!kUsual && has_row_norm) {
-                const float factor = __ldg(layer.norm + d.module.scale + d.window.begin + mine);
-                const float offset = __ldg(layer.norm + d.module.shift + d.window.begin + mine);
-                value.x = value.x * factor + offset;
-                value.y = value.y * factor + offset;
-              }
-              columns[e] = rounded(value.x, value.y, T());
-            }
-          }
-          T* out = to + half * half_outputs * stride;
-          if (kUsual) {
-            *reinterpret_cast<uint4*>(out) = make_uint4(columns[0], columns[1], columns[2], columns[3]);
-          } else {
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-              const uint16_t bits = uint16_t(columns[e / 2] >> e % 2 * 16);
-              if (column + e < job.column_end)
-                reinterpret_cast<uint16_t*>(out)[has_list ? __ldg(list + column + e) - column : e] = bits;
-            }
-          }
-        }
-        if (kCopies) {
-          __syncwarp();
-          copy(ahead[kCopiesAhead], slot);
-        }
+        store(ahead[0], slot, std::false_type());
+        if (kCopies) copy(ahead[kCopiesAhead], slot);
 #pragma unroll
         for (int i = 0; i + 1 < kAhead; i++) ahead[i] = ahead[i + 1];
         ahead[kAhead - 1] = load(min(row + kAhead, end - 1));
-        at += row_outputs;
-        to += row_outputs * stride;
       }
-    };
-    if (!has_row_norm && __all_sync(kAllLanes, whole))
-      walk(std::true_type());
-    else
-      walk(std::false_type());
+    }
     if (kCopies) {
       copy_async_wait<0>();
       __syncwarp();
@@ -385,6 +408,11 @@ cudaError_t decode(Type type, const Layer& layer, const Decoding* decodings, int
     for (int i = 0; i < some.count; i++) bytes = std::max(bytes, shared_bytes(looks, some.of[i]));
     at_once = std::min(at_once, kMultiprocessorBytes / (bytes + 1024));
     divide(some, processors * at_once);
+    some.hot = std::max(0, kMostImageRows - bytes / 16);
+    int hot = 0;
+    for (int i = 0; i < some.count && looks.main == Look::kCopied; i++)
+      hot = std::max(hot, hot_rows(some.of[i].job, some.hot));
+    bytes += hot * 16;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     const int percent =
         std::min(100, (at_once * (bytes + 1024) * 100 + kMultiprocessorBytes - 1) / kMultiprocessorBytes);
