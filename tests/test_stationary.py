@@ -7,6 +7,7 @@ a second write to a place of the workspace or of the weight, fail.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -379,6 +380,23 @@ class Kernels:
         return self._book(book, book_rows)[entry_of_image_row(entry, book_rows) if kind == Kind.SHORTS else entry]
 
 
+def decoded_by(block: int, blocks: int, spans: int, rows: int) -> Iterator[tuple[int, range]]:
+    """Spans and their rows that a thread block of decode.cu takes of a decoding."""
+    together = blocks // spans
+    others = blocks - together * spans
+    shared_rows = rows * (blocks - others) // blocks
+    if block < together * spans:
+        yield block % spans, range(block // spans, shared_rows, together)
+        return
+    own_rows, other = rows - shared_rows, block - together * spans
+    unit, last = (spans * own_rows * i // others for i in (other, other + 1))
+    while unit < last:
+        span, row = divmod(unit, own_rows)
+        end = min(last, unit - row + own_rows)
+        yield span, range(shared_rows + row, shared_rows + row + end - unit)
+        unit = end
+
+
 class Workspace:
     """Sums ``[tokens, stride]``."""
 
@@ -569,6 +587,22 @@ def test_images_fill_shared_memory(entries):
     """Only books of outliers may have any size."""
     extras = dict(outlier_size=20, outlier_vector_len=8, num_outlier_centroids=entries)
     check(*fused_layer([LayerSpec(320, 100, **FORMATS["v8-k256-256"], **extras)]), processors=3)
+
+
+@pytest.mark.parametrize("spans", [1, 2, 8, 28, 56])
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 256])
+def test_thread_blocks_decode_every_row_once(spans, rows):
+    for blocks in (1, 2, 7, 44, 132, 176, 264):
+        if blocks > spans * rows:
+            continue
+        times, most = np.zeros((spans, rows), int), 0
+        for block in range(blocks):
+            pieces = list(decoded_by(block, blocks, spans, rows))
+            most = max(most, sum(len(own) for _, own in pieces))
+            for span, own in pieces:
+                times[span, own] += 1
+        assert (times == 1).all()
+        assert most <= 1.02 * spans * rows / blocks + 5
 
 
 def test_neighbours_share_a_slice():

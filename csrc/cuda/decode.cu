@@ -212,21 +212,29 @@ __global__ void __launch_bounds__(kDecodeThreads, (decode_blocks<kMain, kResidua
     copy_async_commit();
   };
 
-  // Units are rows of a span, span after span; this block takes a piece of them.
+  // As many blocks for each span as there are walk side by side, a row of each in turn, so that all write close
+  // together. The others take the last rows: units are rows of a span, span after span, and a block takes a piece of
+  // them.
   const int rows = all.rows[which], nth = blockIdx.x - all.blocks[which];
   const int blocks = all.blocks[which + 1] - all.blocks[which];
-  const int64_t units = int64_t((job.column_end + kSpanColumns - 1) / kSpanColumns) * rows;
-  const int last = int(units * (nth + 1) / blocks);
+  const int spans = (job.column_end + kSpanColumns - 1) / kSpanColumns, together = blocks / spans;
+  const int others = blocks - together * spans, shared_rows = int(int64_t(rows) * (blocks - others) / blocks);
+  const bool alone = nth >= together * spans;
+  const int64_t units = int64_t(spans) * (rows - shared_rows), other = nth - together * spans;
+  const int last = alone ? int(units * (other + 1) / others) : 1;
   const bool has_scale = job.scale >= 0, has_list = job.column_list >= 0, has_row_norm = d.module.scale >= 0;
   const float *scales = layer.norm + job.scale, *shifts = layer.norm + job.shift;
   const int32_t* list = layer.columns + job.column_list;
   const int row_outputs = wide ? job.vector_len : 2 * job.vector_len, half_outputs = wide ? 8 : job.vector_len;
   const int element = job.plane * 8 + lane / 4;
   bool filled = false;
-  for (int unit = int(units * nth / blocks), next; unit < last; unit = next) {
-    const int strip = unit / rows * kDecodeWarps + warp, first = unit % rows;
-    next = min(last, unit - first + rows);
-    const int begin = all.first_row[which] + first, end = begin + next - unit;
+  for (int unit = alone ? int(units * other / others) : 0, next; unit < last; unit = next) {
+    const int own_rows = alone ? rows - shared_rows : 1, first = alone ? shared_rows + unit % own_rows : nth / spans;
+    next = min(last, unit - unit % own_rows + own_rows);
+    const int strip = (alone ? unit / own_rows : nth % spans) * kDecodeWarps + warp, step = alone ? 1 : together;
+    const int begin = all.first_row[which] + first;
+    const int end = alone ? begin + next - unit : all.first_row[which] + shared_rows;
+    if (begin >= end) break;
     const int column = strip * kStripColumns + lane % 4 * 8;  // the first of this lane's
     const bool inside = strip * kStripColumns < job.column_end;
     const bool whole = !has_list && column + 8 <= job.column_end && stride % 8 == 0;
@@ -236,7 +244,7 @@ __global__ void __launch_bounds__(kDecodeThreads, (decode_blocks<kMain, kResidua
       book.begin(layer, job, place, strip, false);
       res_book.begin(layer, residual, place, strip, true);
 #pragma unroll
-      for (int i = 0; i < kAhead; i++) ahead[i] = load(min(begin + i, end - 1));
+      for (int i = 0; i < kAhead; i++) ahead[i] = load(min(begin + i * step, end - 1));
       if (has_scale && whole && (job.scale | job.shift) % 4 == 0) {
         load8(scale, scales + column);
         load8(shift, shifts + column);
@@ -315,27 +323,27 @@ __global__ void __launch_bounds__(kDecodeThreads, (decode_blocks<kMain, kResidua
         }
       }
       if (kCopies) __syncwarp();
-      output += row_outputs;
-      to += row_outputs * stride;
+      output += step * row_outputs;
+      to += step * row_outputs * stride;
     };
     if (!has_row_norm && __all_sync(kAllLanes, whole)) {
       // Words stay in their registers: to move them would be to wait for them.
-      for (int row = begin; row < end; row += kAhead) {
+      for (int row = begin; row < end; row += kAhead * step) {
         unrolled<kAhead>([&](auto i) {
-          if (row + i >= end) return;
+          if (row + i * step >= end) return;
           store(ahead[i], i % kCopiesAhead, std::true_type());
           if (kCopies) copy(ahead[(i + kCopiesAhead) % kAhead], i % kCopiesAhead);
-          ahead[i] = load(min(row + i + kAhead, end - 1));
+          ahead[i] = load(min(row + (i + kAhead) * step, end - 1));
         });
       }
     } else {
-      for (int row = begin; row < end; row++) {
-        const int slot = (row - begin) % kCopiesAhead;
+      int slot = 0;
+      for (int row = begin; row < end; row += step, slot = (slot + 1) % kCopiesAhead) {
         store(ahead[0], slot, std::false_type());
         if (kCopies) copy(ahead[kCopiesAhead], slot);
 #pragma unroll
         for (int i = 0; i + 1 < kAhead; i++) ahead[i] = ahead[i + 1];
-        ahead[kAhead - 1] = load(min(row + kAhead, end - 1));
+        ahead[kAhead - 1] = load(min(row + kAhead * step, end - 1));
       }
     }
     if (kCopies) {
