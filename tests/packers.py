@@ -26,8 +26,8 @@ TILE_COLUMNS, TILE_ROWS, SPAN_TILES = 2048, 2056, 2
 STEPS = {Kind.BYTES: 16, Kind.BYTE_PAIRS: 8, Kind.SHORTS: 8, Kind.FAR: 8, Kind.FAR_BYTES: 8}
 """Of 16 columns, whose codes for 16 outputs a warp loads at once: 16 bytes a lane."""
 GRANULE, WIDE_TILES, TILE_OUTPUTS = 256, 12, 16
-RING_BYTES, GATHERED_BYTES = 32 * 1024, 8 * 1024
-"""Of activations in wide.cuh; of vectors that a warp gathers for a granule."""
+RING_BYTES, LARGE_RING_BYTES, GATHERED_BYTES = 32 * 1024, 64 * 1024, 8 * 1024
+"""Of activations in wide.cuh, and for 128 tokens where there is room; of vectors that a warp gathers for a granule."""
 LANES = np.arange(32)
 LANE_OF_ROW = LANES & ~24 | (LANES & 8) << 1 | (LANES & 16) >> 1
 HIGH, LOW = 0xFFF80000, 0x7FFFF
@@ -210,7 +210,7 @@ class Plan:
         assert self.stationary and self.shared_bytes % 16 == 0
         assert self.shared_bytes + OWN_SHARED_BYTES <= SHARED_BYTES
         for v in self.variants:
-            assert v.max_tokens in (8, 16, 32, 64) and 0 < len(v.jobs) <= processors and all(v.jobs)
+            assert v.max_tokens in (8, 16, 32, 64, 128) and 0 < len(v.jobs) <= processors and all(v.jobs)
             assert v.stride % 2 == 0  # sums are stored in pairs
             jobs = [job for jobs in v.jobs for job in jobs]
             _check_dots(v, [job for job in jobs if job.kind == Kind.DOT])

@@ -23,6 +23,7 @@ from tests.packers import (
     GRANULE,
     LANE_OF_ROW,
     LANES,
+    LARGE_RING_BYTES,
     RING_BYTES,
     SLICE_ROWS,
     SPAN_TILES,
@@ -46,7 +47,6 @@ from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.work import ABSENT, PREPARE_COLUMNS, Job, Kind, LookupLayout, Module
 from vllm_vptq.parameters import ModuleShard, cut_module
 
-RING_ROWS = RING_BYTES // 16
 STRIP_SUMS = WIDE_TILES * TILE_OUTPUTS
 
 
@@ -113,7 +113,7 @@ class Kernels:
             for job in jobs:
                 if job.kind == Kind.DOT:
                     self._dot(job, x, workspace)
-                    shared.spoil(0 if v.wide == ABSENT else RING_ROWS, 2 * WARPS * 4 // 16)
+                    shared.spoil(0 if v.wide == ABSENT else _ring_rows(v), 2 * WARPS * 4 // 16)
                     shared.held = ()
                     continue
                 if job.source != ABSENT:
@@ -126,7 +126,7 @@ class Kernels:
                     acts = scaled[:, self._sources(job)[job.column_begin :]].T
                 if v.wide != ABSENT:
                     assert job.kind == v.wide or v.wide == Kind.DOT
-                    self._wide(job, acts, shared, workspace)
+                    self._wide(job, acts, _ring_rows(v), shared, workspace)
                 elif job.kind == Kind.SLICED:
                     self._sliced(job, acts, 1 if len(x) <= 8 else 2, shared, workspace)
                 else:
@@ -245,9 +245,9 @@ class Kernels:
 
     # wide.cuh
 
-    def _wide(self, job: Job, acts: np.ndarray, shared: Shared, workspace: Workspace) -> None:
+    def _wide(self, job: Job, acts: np.ndarray, images: int, shared: Shared, workspace: Workspace) -> None:
         first, granules = job.column_begin // GRANULE, -(-len(acts) // GRANULE)
-        images, held = RING_ROWS, (job.book, job.res_book)
+        held = (job.book, job.res_book)
         if job.kind == Kind.FAR:
             shared.held = ()
         elif shared.held != held:
@@ -362,6 +362,12 @@ class Kernels:
         return self._book(job.book, job.book_rows)[entry]
 
 
+def _ring_rows(v: SimpleNamespace) -> int:
+    """Of the ring of activations in wide.cuh, behind which books lie."""
+    large = v.max_tokens == 128 and v.wide not in (Kind.SHORTS, Kind.DOT)
+    return (LARGE_RING_BYTES if large else RING_BYTES) // 16
+
+
 class Workspace:
     """Sums ``[tokens, stride]``."""
 
@@ -383,17 +389,18 @@ def check(
     has what it can.
     """
     dense = weight.double().numpy()
-    x = np.random.default_rng(0).standard_normal((69, dense.shape[1]))
+    x = np.random.default_rng(0).standard_normal((140, dense.shape[1]))
     plans = []
     for layout in (build(shards, processors, dtype, lists=False), build(shards, processors, dtype, most=16)):
         assert layout.books.dtype == dtype and layout.books.numel() % 8 == 0
         kernels = Kernels(layout)
         kernels.plan.check_limits(processors)
-        for tokens in (5, 13, 29, 69):  # the last one in two launches
+        for tokens in (5, 13, 29, 69, 140):  # the last one in two launches
             np.testing.assert_allclose(kernels.linear(x[:tokens]), x[:tokens] @ dense.T, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(kernels.weight(40), dense, rtol=1e-12, atol=1e-12)
         plans.append(kernels.plan)
-    assert [[v.max_tokens for v in plan.variants if v.wide != ABSENT] for plan in plans] == [[8, 16, 32, 64], [32, 64]]
+    served = [[v.max_tokens for v in plan.variants if v.wide != ABSENT] for plan in plans]
+    assert served == [[8, 16, 32, 64, 128], [32, 64, 128]]
     return plans
 
 
@@ -537,7 +544,7 @@ def test_which_kernel_serves(names, wide, most):
         layout = build(shards, tensor_groups=tensor_groups)
         kernels = Kernels(layout)
         kernels.plan.check_limits(132)
-        expected = [(tokens, ABSENT if tokens <= most else wide) for tokens in (8, 16, 32, 64)]
+        expected = [(tokens, ABSENT if tokens <= most else wide) for tokens in (8, 16, 32, 64, 128)]
         if not tensor_groups:
             expected = [(8, ABSENT), (16, ABSENT)]
         assert [(v.max_tokens, v.wide) for v in kernels.plan.variants] == expected

@@ -43,6 +43,16 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(unsigned pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
+// Two sums of 16-bit numbers, each rounded; `volatile`, lest they move behind a product that is begun after them.
+template <typename T>
+__device__ __forceinline__ void add_pairs(unsigned& to, unsigned pair) {
+  if constexpr (std::is_same_v<T, __half>) asm volatile("add.rn.f16x2 %0, %0, %1;" : "+r"(to) : "r"(pair));
+#if __CUDA_ARCH__ >= 900
+  else
+    asm volatile("add.rn.bf16x2 %0, %0, %1;" : "+r"(to) : "r"(pair));
+#endif
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -90,7 +90,7 @@ cudaError_t finish(Type type, const Module* modules, int module_count, const Par
     // Few numbers of many splits would leave the GPU idle; of many numbers of few splits, several are had as fast as
     // one.
     if (tokens <= 2 && splits >= 8) return go(finish_kernel<T, 4, 1, Records>, 4, 1);
-    if (tokens > 8 && splits <= 4 && (tokens <= 32 || out_features >= 8192))
+    if (tokens > 8 && splits <= 4 && (tokens <= 32 || tokens * out_features >= 64 * 8192))
       return go(finish_kernel<T, 1, 4, Records>, 1, 4);
     return go(finish_kernel<T, 1, 1, Records>, 1, 1);
   };

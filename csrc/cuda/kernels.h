@@ -109,7 +109,7 @@ struct Launch {
   cudaStream_t stream;
 };
 
-// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs with look-ups being of kind
+// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32, 64 or 128, on Hopper, all jobs with look-ups being of kind
 // `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
 cudaError_t multiply(Type type, const Layer&, const Tokens&, const Tokens& prepared, const Launch&);
 cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,

@@ -62,6 +62,14 @@ __device__ __forceinline__ int swizzled(int row, int piece) { return row * 128 +
              "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
              "%26,%27,%28,%29,%30,%31",                                                                       \
              "{%32,%33,%34,%35}", "%36", VPTQ_D16(0), VPTQ_D16(16))
+#define VPTQ_N128(TYPE)                                             \
+  VPTQ_WGMMA("m64n128k16", TYPE,                                    \
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,"           \
+             "%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+             "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38," \
+             "%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51," \
+             "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",     \
+             "{%64,%65,%66,%67}", "%68", VPTQ_D16(0), VPTQ_D16(16), VPTQ_D16(32), VPTQ_D16(48))
 
 // D[64 x N] += A[64 x 16] B[16 x N] in fp32, begun but not awaited. A lane holds of D, for every 8 columns, rows
 // lane/4 and lane/4 + 8 of the 16 of its warp, columns lane%4 * 2 and the next.
@@ -84,16 +92,22 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], const unsigned (&a)[4],
       VPTQ_N32("f16");
     else
       VPTQ_N32("bf16");
-  } else {
-    static_assert(N == 64);
+  } else if constexpr (N == 64) {
     if constexpr (kHalf)
       VPTQ_N64("f16");
     else
       VPTQ_N64("bf16");
+  } else {
+    static_assert(N == 128);
+    if constexpr (kHalf)
+      VPTQ_N128("f16");
+    else
+      VPTQ_N128("bf16");
   }
 #endif
 }
 
+#undef VPTQ_N128
 #undef VPTQ_N64
 #undef VPTQ_N32
 #undef VPTQ_N16

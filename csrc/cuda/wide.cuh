@@ -20,13 +20,31 @@ constexpr int kMostStages = 8;
 constexpr int kStepBytes = 512;  // of a step's 32 vectors; a warp gathers those of a granule
 constexpr int kFarBytes = kGranule / 16 * kStepBytes;
 
-template <int N>
-struct Shape {  // a tile of activations: [columns / 64][N][64], every 64 columns as wgmma_descriptor wants them
-  static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : 64;
+// The ring lies in front of the books, and may be larger for many tokens where books leave room.
+__host__ __device__ constexpr int ring_bytes(int slots, Kind only) {
+  return slots == 128 && only != Kind::kShorts && only != Kind::kDot ? 2 * kRingBytes : kRingBytes;
+}
+
+// A tile of activations: [columns / 64][N][64], every 64 columns as wgmma_descriptor wants them; or half of such 64
+// columns, that more tiles be under way.
+template <int kSlots, int kRing>
+struct Shape {
+  static constexpr int N = kSlots;
+  static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : N == 64 ? 64 : 32;
   static constexpr int kBytes = N * kColumns * 2;
-  static constexpr int kStages = kRingBytes / kBytes;
+  static constexpr int kStages = kRing / kBytes;
   static constexpr int kPieces = N * kColumns / 8 / kProducers;  // of 16 bytes, per producer thread
   static_assert(kStages >= 2 && kStages <= kMostStages);
+
+  // Where 16 columns of a stage, the step `s`, lie in the ring; rows and pieces are swizzled from a multiple of 64.
+  static __device__ __forceinline__ uint32_t place(int stage, int s) {
+    const int step = stage * (kColumns / 16) + s;
+    return step / 4 * N * 128 + step % 4 * 32;
+  }
+  static __device__ __forceinline__ uint32_t place(int stage, int slot, int piece) {
+    const int all = stage * (kColumns / 8) + piece;
+    return all / 8 * N * 128 + swizzled(slot, all % 8);
+  }
 };
 
 struct Ring {
@@ -41,12 +59,13 @@ struct Ring {
 };
 
 // Brings activations that need nothing done to them; as many tiles are under way as there are stages.
-template <typename T, int N>
+template <typename T, typename Tile>
 __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job& job, Ring& ring, unsigned& done,
                                                  char* stages) {
-  using Tile = Shape<N>;
   constexpr int kAcross = Tile::kColumns / 8;  // pieces of a token
-  const int thread = threadIdx.x - kConsumers, piece = thread % kAcross, first_slot = thread / kAcross;
+  const int thread = threadIdx.x - kConsumers, piece = thread % kAcross, row = thread / kAcross;
+  // Where eight threads have the halves of two rows, rows 4 apart are in other banks.
+  const int first_slot = kAcross == 4 ? row & ~7 | row % 2 * 4 | row % 8 / 2 : row;
   const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
   int column = job.column_begin + piece * 8;
   for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++, column += Tile::kColumns) {
@@ -58,8 +77,7 @@ __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job
       const int slot = first_slot + i * (kProducers / kAcross);
       const bool there = left > 0 && slot < tokens.count;
       const T* from = static_cast<const T*>(tokens.x) + (there ? slot * tokens.row_stride + column : 0);
-      copy_async16(shared_address(stages) + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8),
-                   from, there ? left : 0);
+      copy_async16(shared_address(stages) + Tile::place(stage, slot, piece), from, there ? left : 0);
     }
     arrive_after_copies(shared_address(ring.full + stage));
   }
@@ -67,17 +85,16 @@ __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job
 
 // Fetches, scales and gathers activations, a tile ahead of storing them. For few tokens: a kernel of its own, that
 // others leave it to (prepare.cu), takes longer.
-template <typename T, int N>
+template <typename T, typename Tile>
 __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
                                         unsigned& done, char* stages) {
-  using Tile = Shape<N>;
-  const Inputs<T> inputs(layer, tokens, job, N == 8 ? 8 : 0);
+  const Inputs<T> inputs(layer, tokens, job, Tile::N);
   const int thread = threadIdx.x - kConsumers;
   constexpr int kAcross = Tile::kColumns / 8;
   const int piece = thread % kAcross, first_slot = thread / kAcross;
   const bool aligned =
       !inputs.has_list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
-  if (aligned && !inputs.has_scale) return copy_activations<T, N>(tokens, job, ring, done, stages);
+  if (aligned && !inputs.has_scale) return copy_activations<T, Tile>(tokens, job, ring, done, stages);
 
   uint4 raw[Tile::kPieces];
   float4 scales[2];
@@ -139,23 +156,24 @@ __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens
 #pragma unroll
     for (int i = 0; i < Tile::kPieces; i++) {
       const int slot = first_slot + i * (kProducers / kAcross);
-      *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) =
-          now[i];
+      *reinterpret_cast<uint4*>(stages + Tile::place(stage, slot, piece)) = now[i];
     }
     arrive(shared_address(ring.full + stage));
   }
 }
 
-template <typename T, int N, Kind kKind>
+template <typename T, typename Tile, Kind kKind>
 __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
                                         unsigned& done, uint32_t stages, uint4* books, float* workspace,
                                         int64_t stride) {
-  using Tile = Shape<N>;
+  constexpr int N = Tile::N;
   constexpr bool kFar = kKind == Kind::kFar || kKind == Kind::kFarBytes;
   constexpr bool kTwo = kKind == Kind::kBytePairs || kKind == Kind::kFarBytes;  // books
   constexpr int kLoads = kKind == Kind::kBytes ? 1 : 2;                         // of codes, for a granule
   constexpr int kMore = kKind == Kind::kFarBytes ? 1 : 0;                       // of the residual's
-  constexpr int kChunkSteps = kTwo ? 1 : 2;  // steps of 16 columns, looked up together: 2 look-ups
+  constexpr bool kSum = kTwo && N > 8;           // main and residual vectors are added before they are multiplied
+  constexpr int kBooks = kTwo && !kSum ? 2 : 1;  // multiplied one after the other
+  constexpr int kChunkSteps = N == 128 || kTwo ? 1 : 2;  // steps of 16 columns, looked up together
   constexpr int kAhead = 2, kBuffers = 4;  // chunks that are looked up before they are multiplied; that have registers
   constexpr int kChunks = kGranule / 16 / kChunkSteps;
   constexpr int kTileChunks = Tile::kColumns / 16 / kChunkSteps;
@@ -218,18 +236,31 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     }
     copy_async_commit();
   };
-  unsigned a[kBuffers][2][4];
+  unsigned a[kBuffers][kChunkSteps * kBooks][4];
+  constexpr int kApart = kAhead - 1;  // chunks whose residual vectors are still to be added
+  unsigned residual[kApart][kChunkSteps][4];
+  auto look_up_one = [&](unsigned (&to)[4], const Codes& words, int s, bool second) {
+    if (kFar && !second)
+      ldmatrix_trans(to, gathered + s * kStepBytes + lane * 16);
+    else
+      ldmatrix_trans(to, (second ? res_base : base) + code(words, s, second) * (kKind == Kind::kShorts ? 16 : 128));
+  };
   auto look_up = [&](const Codes& words, int chunk) {
-    auto& fragments = a[chunk % kBuffers];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int s = chunk * kChunkSteps + (kTwo ? 0 : i);
-      const bool second = kTwo && i;
-      if (kFar && !second)
-        ldmatrix_trans(fragments[i], gathered + s * kStepBytes + lane * 16);
-      else
-        ldmatrix_trans(fragments[i],
-                       (second ? res_base : base) + code(words, s, second) * (kKind == Kind::kShorts ? 16 : 128));
+    for (int i = 0; i < kChunkSteps; i++) {
+      const int s = chunk * kChunkSteps + i;
+#pragma unroll
+      for (int b = 0; b < kBooks; b++) look_up_one(a[chunk % kBuffers][i * kBooks + b], words, s, b);
+      if constexpr (kSum) look_up_one(residual[chunk % kApart][i], words, s, true);
+    }
+  };
+
+  auto add_residual = [&](int chunk) {
+    if constexpr (kSum) {
+#pragma unroll
+      for (int i = 0; i < kChunkSteps; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) add_pairs<T>(a[chunk % kBuffers][i][e], residual[chunk % kApart][i][e]);
     }
   };
 
@@ -245,7 +276,10 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     __syncwarp();
   }
 #pragma unroll
-  for (int c = 0; c < kAhead; c++) look_up(next, c);
+  for (int c = 0; c < kAhead; c++) {
+    if (c >= kApart) add_residual(c - kApart);
+    look_up(next, c);
+  }
   auto release = [&](unsigned tile) {
     if (lane == 0) arrive(shared_address(ring.empty + tile % Tile::kStages));
   };
@@ -265,6 +299,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
         copy_async_wait<kChunks - kAhead - 1>();
         __syncwarp();
       }
+      add_residual(c + 1);
       if (c + kAhead < kChunks)
         look_up(now, c + kAhead);
       else
@@ -276,10 +311,9 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
       }
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int s = c % kTileChunks * kChunkSteps + (kTwo ? 0 : i);  // within the tile
-        wgmma<T, N>(sums, a[c % kBuffers][i],
-                    wgmma_descriptor(stages + stage * Tile::kBytes + s / 4 * N * 128 + s % 4 * 32));
+      for (int i = 0; i < kChunkSteps * kBooks; i++) {
+        const int s = c % kTileChunks * kChunkSteps + i / kBooks;  // within the tile
+        wgmma<T, N>(sums, a[c % kBuffers][i], wgmma_descriptor(stages + Tile::place(stage, s)));
       }
       wgmma_commit();
       if constexpr (kFar) gather(c, g + 1 < granules);
@@ -310,7 +344,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   __shared__ Job job;
   __shared__ Ring ring;
   let_next_start();
-  uint4* books = reinterpret_cast<uint4*>(wide_shared + kRingBytes);
+  using Tile = Shape<N, ring_bytes(N, kOnly)>;
+  uint4* books = reinterpret_cast<uint4*>(wide_shared + ring_bytes(N, kOnly));
   const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
   if (threadIdx.x == 0) ring.initialise();
   unsigned done = 0;  // tiles
@@ -351,30 +386,30 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       wait_for_previous();
       if (job.source >= 0) {
         const Tokens own{static_cast<const T*>(prepared.x) + job.source, prepared.row_stride, tokens.count};
-        copy_activations<T, N>(own, job, ring, done, wide_shared);
+        copy_activations<T, Tile>(own, job, ring, done, wide_shared);
       } else if constexpr (N == 8) {
-        produce<T, N>(layer, tokens, job, ring, done, wide_shared);
+        produce<T, Tile>(layer, tokens, job, ring, done, wide_shared);
       } else {
-        copy_activations<T, N>(tokens, job, ring, done, wide_shared);
+        copy_activations<T, Tile>(tokens, job, ring, done, wide_shared);
       }
       continue;
     }
     const uint32_t stages = shared_address(wide_shared);
     switch (kind) {
       case Kind::kBytes:
-        consume<T, N, Kind::kBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        consume<T, Tile, Kind::kBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
         break;
       case Kind::kBytePairs:
-        consume<T, N, Kind::kBytePairs>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        consume<T, Tile, Kind::kBytePairs>(layer, tokens, job, ring, done, stages, books, workspace, stride);
         break;
       case Kind::kShorts:
-        consume<T, N, Kind::kShorts>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        consume<T, Tile, Kind::kShorts>(layer, tokens, job, ring, done, stages, books, workspace, stride);
         break;
       case Kind::kFarBytes:
-        consume<T, N, Kind::kFarBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        consume<T, Tile, Kind::kFarBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
         break;
       default:
-        consume<T, N, Kind::kFar>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        consume<T, Tile, Kind::kFar>(layer, tokens, job, ring, done, stages, books, workspace, stride);
     }
   }
 #else
@@ -423,6 +458,8 @@ cudaError_t multiply_wide_of(Kind only, const Layer& layer, const Tokens& tokens
       return of_kind(std::integral_constant<int, 32>());
     case 64:
       return of_kind(std::integral_constant<int, 64>());
+    case 128:
+      return of_kind(std::integral_constant<int, 128>());
     default:
       return cudaErrorInvalidValue;
   }

@@ -1,4 +1,4 @@
-"""Jobs of csrc/cuda/wide.cuh: products of 8 to 64 tokens, for which three warp groups of a block look weights up.
+"""Jobs of csrc/cuda/wide.cuh: products of 8 to 128 tokens, for which three warp groups of a block look weights up.
 
 A block computes 192 outputs at once and walks along the columns. Columns are divided so that all blocks of the GPU get
 as much to do: a block ends in the middle of some outputs, and the next goes on there. So the sums of some outputs come
@@ -11,13 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vllm_vptq.layouts import work
-from vllm_vptq.layouts.passes import Pass
+from vllm_vptq.layouts.passes import LARGE_RING_BYTES, RING_BYTES, Pass
 from vllm_vptq.layouts.work import ABSENT, Job, Kind, Part, Unit, Variant
 
 TILES = 12
 """Of 16 outputs: one a warp."""
 GRANULE_COLUMNS = 256
 """Columns that a job is cut at."""
+
+
+def ring_bytes(variant: Variant) -> int:
+    """Of the ring of activations, which lies in front of the books."""
+    large = variant.max_tokens == 128 and variant.wide not in (Kind.SHORTS, Kind.DOT)
+    return LARGE_RING_BYTES if large else RING_BYTES
 
 
 @dataclass
@@ -100,7 +106,9 @@ def _unit(pass_: Pass, job: Job, tokens: int) -> Unit:
     far = pass_.kind in (Kind.FAR, Kind.FAR_BYTES)
     look_up = 44.0 if far else images[pass_.copies]
     books = 2 if pass_.kind == Kind.BYTE_PAIRS else 1
-    cost = TILES * GRANULE_COLUMNS / 16 * books * (look_up + tokens / 16)
+    products = books if tokens == 8 else 1  # of more tokens, vectors are added first
+    # Activations are read by the tensor cores, which from 128 tokens on take longer than that.
+    cost = TILES * GRANULE_COLUMNS / 16 * max(books * look_up + products * tokens / 16, tokens / 8)
     granules = -(-pass_.segment.num_columns // GRANULE_COLUMNS)
     fill = 0.0 if pass_.kind == Kind.FAR else 1500 + pass_.images_bytes / 64
     return Unit(job, granules, 1, cost, fill=fill, tile=600 + tokens * 6, held=job.book)
