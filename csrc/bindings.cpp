@@ -123,7 +123,10 @@ struct Call {
         C10_CUDA_CHECK(prepare(type, layer, part, reinterpret_cast<const Preparation*>(at(v.preparations_at)), v.chunks,
                                room.mutable_data_ptr(), v.prepared_columns, sums, v.stride, stream));
       if (v.wide >= 0) {
-        const auto wide = type == Type::kHalf ? multiply_wide_half : multiply_wide_bfloat16;
+        const bool half = type == Type::kHalf, many = v.max_tokens > 32;
+        const auto wide = half   ? many ? multiply_wide_half_many : multiply_wide_half_few
+                          : many ? multiply_wide_bfloat16_many
+                                 : multiply_wide_bfloat16_few;
         C10_CUDA_CHECK(wide(Kind(v.wide), layer, part, prepared, v.max_tokens, work));
       } else if (plan.stationary) {
         C10_CUDA_CHECK(multiply(type, layer, part, prepared, work));

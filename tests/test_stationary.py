@@ -116,12 +116,14 @@ class Kernels:
                     shared.spoil(0 if v.wide == ABSENT else _ring_rows(v), 2 * WARPS * 4 // 16)
                     shared.held = ()
                     continue
+                end = -(-job.column_end // GRANULE) * GRANULE
                 if job.source != ABSENT:
+                    assert v.wide == ABSENT or (prepared[:, job.source + job.column_end : job.source + end] == 0).all()
                     acts = prepared[:, job.source + job.column_begin : job.source + job.column_end].T
                 else:
                     # wide.cuh copies activations of more than 8 tokens as they are, 16 bytes at a time.
                     assert v.max_tokens == 8 or job.scale == job.column_list == ABSENT
-                    assert v.max_tokens == 8 or x.shape[1] % 8 == 0
+                    assert v.max_tokens == 8 or (x.shape[1] % 8 == 0 and job.column_end in (end, x.shape[1]))
                     scaled = x * self._norm(job.scale, x.shape[1], 1)
                     acts = scaled[:, self._sources(job)[job.column_begin :]].T
                 if v.wide != ABSENT:
@@ -143,6 +145,7 @@ class Kernels:
                 sources = self._take("columns", p.column_list, p.columns)
             if p.at != ABSENT:
                 assert p.at % 8 == 0 and np.isnan(prepared[:, p.at : p.at + p.columns]).all()
+                prepared[:, p.at + p.columns : p.at + -(-p.columns // GRANULE) * GRANULE] = 0
                 prepared[:, p.at : p.at + p.columns] = (x * self._norm(p.scale, x.shape[1], 1))[:, sources]
             if p.dot != ABSENT:
                 products = (x * self._norm(p.shift, x.shape[1], 1))[:, sources]

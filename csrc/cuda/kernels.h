@@ -47,6 +47,7 @@ struct Job {
 static_assert(sizeof(Job) == 96, "24 int32");
 
 constexpr int kWideRows = 192;  // outputs a block of wide.cuh computes at once
+constexpr int kGranule = 256;   // columns: its jobs begin at multiples of it, and multiply whole ones
 
 // Sums that belong to the same outputs: `splits` rows of the workspace, `stride` apart.
 struct Part {
@@ -76,7 +77,7 @@ struct Preparation {
   int scale;        // offset in `norm` of a factor per input, or -1
   int column_list;  // offset in `columns`, or -1: columns are the input's
   int columns;
-  int at;     // where they go in a row of prepared activations, a multiple of 8; or -1
+  int at;  // where they go, and zeros up to a whole granule, in a row of prepared activations: a multiple of 8; or -1
   int shift;  // offset in `norm` of what the dot product is with, or -1 for ones
   int dot;    // where the dot product of each kPrepareColumns goes in a token's row of the workspace, or -1
 };
@@ -109,13 +110,13 @@ struct Launch {
   cudaStream_t stream;
 };
 
-// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32, 64 or 128, on Hopper, all jobs with look-ups being of kind
-// `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
+// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32, 64 or 128, on Hopper, all jobs with look-ups being of
+// kind `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
 cudaError_t multiply(Type type, const Layer&, const Tokens&, const Tokens& prepared, const Launch&);
-cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
-                               const Launch&);
-cudaError_t multiply_wide_bfloat16(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
-                                   const Launch&);
+using MultiplyWide = cudaError_t(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
+                                 const Launch&);
+MultiplyWide multiply_wide_half_few, multiply_wide_half_many;  // up to 32 slots; 64 and 128
+MultiplyWide multiply_wide_bfloat16_few, multiply_wide_bfloat16_many;
 cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Launch&);
 
 // Activations [tokens, prepared_stride] for the products above, and dot products into the workspace; `chunks` is how

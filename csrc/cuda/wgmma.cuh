@@ -37,10 +37,14 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// A matrix [n, 64] of 16-bit numbers whose rows of 128 bytes have their 16-byte pieces permuted by `swizzled`; it
-// starts at a multiple of 1024 bytes. Columns 16 s .. are found at address + 32 s.
+// A matrix [n, row_bytes / 2] of 16-bit numbers whose rows, of 128 bytes, have their 16-byte pieces permuted by
+// `swizzled`, or of 64 by the copy engine in its way; it starts at a multiple of 8 rows. Columns 16 s .. are found at
+// address + 32 s.
+template <int kRowBytes>
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
-  return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 62;
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(8 * kRowBytes / 16) << 32 |
+         uint64_t(kRowBytes == 128 ? 1 : 2) << 62;
 }
 __device__ __forceinline__ int swizzled(int row, int piece) { return row * 128 + ((piece ^ row % 8) * 16); }
 

@@ -1,4 +1,4 @@
-// Products with 8 to 64 tokens: three warp groups look weights up, a fourth brings the activations.
+// Products with 8 to 128 tokens: three warp groups look weights up, other threads bring the activations.
 //
 // A warp keeps to 16 outputs and walks along the columns. ldmatrix.trans of the centroids of 2 vector rows x 16 columns
 // is the A fragment of a wgmma, as in resident.cuh; but the activations are its B operand, which the tensor core reads
@@ -8,13 +8,13 @@
 
 #include "dot.cuh"
 #include "resident.cuh"
+#include "tiles.cuh"
 #include "wgmma.cuh"
 
 namespace vptq {
 
-constexpr int kConsumers = kWideRows * 2, kProducers = 128, kWideThreads = kConsumers + kProducers;
-constexpr int kConsumerWarps = kConsumers / 32;
-constexpr int kGranule = 256;      // columns: jobs begin at multiples of it
+constexpr int kConsumers = kWideRows * 2, kConsumerWarps = kConsumers / 32;
+constexpr int kProducers = 128;    // threads that bring up to 8 tokens; of more, one that orders them
 constexpr int kRingBytes = 32768;  // of activations
 constexpr int kMostStages = 8;
 constexpr int kStepBytes = 512;  // of a step's 32 vectors; a warp gathers those of a granule
@@ -25,47 +25,58 @@ __host__ __device__ constexpr int ring_bytes(int slots, Kind only) {
   return slots == 128 && only != Kind::kShorts && only != Kind::kDot ? 2 * kRingBytes : kRingBytes;
 }
 
-// A tile of activations: [columns / 64][N][64], every 64 columns as wgmma_descriptor wants them; or half of such 64
-// columns, that more tiles be under way.
+// A tile of activations: [columns / kAcross][N][kAcross], each as wgmma_descriptor wants it.
 template <int kSlots, int kRing>
 struct Shape {
   static constexpr int N = kSlots;
-  static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : N == 64 ? 64 : 32;
+  static constexpr bool kOrdered = N > 8;  // from the copy engine
+  static constexpr int kAcross = kRing / (N * 128) >= 4 ? 64 : 32;
+  static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : kAcross;
   static constexpr int kBytes = N * kColumns * 2;
   static constexpr int kStages = kRing / kBytes;
   static constexpr int kPieces = N * kColumns / 8 / kProducers;  // of 16 bytes, per producer thread
+  static constexpr int kThreads = kConsumers + (kOrdered ? 32 : kProducers);
   static_assert(kStages >= 2 && kStages <= kMostStages);
 
-  // Where 16 columns of a stage, the step `s`, lie in the ring; rows and pieces are swizzled from a multiple of 64.
+  // Where 16 columns of a stage, the step `s`, lie in the ring.
   static __device__ __forceinline__ uint32_t place(int stage, int s) {
-    const int step = stage * (kColumns / 16) + s;
-    return step / 4 * N * 128 + step % 4 * 32;
-  }
-  static __device__ __forceinline__ uint32_t place(int stage, int slot, int piece) {
-    const int all = stage * (kColumns / 8) + piece;
-    return all / 8 * N * 128 + swizzled(slot, all % 8);
+    return stage * kBytes + s / (kAcross / 16) * N * kAcross * 2 + s % (kAcross / 16) * 32;
   }
 };
 
 struct Ring {
   uint64_t full[kMostStages], empty[kMostStages];
 
-  __device__ void initialise() {
+  __device__ void initialise(bool ordered) {
     for (int i = 0; i < kMostStages; i++) {
-      initialise_barrier(shared_address(full + i), kProducers);
+      initialise_barrier(shared_address(full + i), ordered ? 1 : kProducers);
       initialise_barrier(shared_address(empty + i), kConsumerWarps);
     }
   }
 };
+
+// Orders activations that need nothing done to them, by one thread; as many tiles are under way as there are stages.
+template <typename Tile>
+__device__ __forceinline__ void order_activations(const CUtensorMap* map, int first_column, const Job& job, Ring& ring,
+                                                  unsigned& done, uint32_t stages) {
+  const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
+  int column = first_column + job.column_begin;
+  for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++) {
+    const int stage = done % Tile::kStages;
+    wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
+    announce_bulk_copy(shared_address(ring.full + stage), Tile::kBytes);
+#pragma unroll
+    for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
+      copy_tile(stages + Tile::place(stage, i * Tile::kAcross / 16), map, column, shared_address(ring.full + stage));
+  }
+}
 
 // Brings activations that need nothing done to them; as many tiles are under way as there are stages.
 template <typename T, typename Tile>
 __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job& job, Ring& ring, unsigned& done,
                                                  char* stages) {
   constexpr int kAcross = Tile::kColumns / 8;  // pieces of a token
-  const int thread = threadIdx.x - kConsumers, piece = thread % kAcross, row = thread / kAcross;
-  // Where eight threads have the halves of two rows, rows 4 apart are in other banks.
-  const int first_slot = kAcross == 4 ? row & ~7 | row % 2 * 4 | row % 8 / 2 : row;
+  const int thread = threadIdx.x - kConsumers, piece = thread % kAcross, first_slot = thread / kAcross;
   const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
   int column = job.column_begin + piece * 8;
   for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++, column += Tile::kColumns) {
@@ -77,7 +88,8 @@ __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job
       const int slot = first_slot + i * (kProducers / kAcross);
       const bool there = left > 0 && slot < tokens.count;
       const T* from = static_cast<const T*>(tokens.x) + (there ? slot * tokens.row_stride + column : 0);
-      copy_async16(shared_address(stages) + Tile::place(stage, slot, piece), from, there ? left : 0);
+      copy_async16(shared_address(stages) + Tile::place(stage, piece / 8 * 4) + swizzled(slot, piece % 8), from,
+                   there ? left : 0);
     }
     arrive_after_copies(shared_address(ring.full + stage));
   }
@@ -156,7 +168,7 @@ __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens
 #pragma unroll
     for (int i = 0; i < Tile::kPieces; i++) {
       const int slot = first_slot + i * (kProducers / kAcross);
-      *reinterpret_cast<uint4*>(stages + Tile::place(stage, slot, piece)) = now[i];
+      *reinterpret_cast<uint4*>(stages + Tile::place(stage, piece / 8 * 4) + swizzled(slot, piece % 8)) = now[i];
     }
     arrive(shared_address(ring.full + stage));
   }
@@ -307,13 +319,13 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
       const int stage = done % Tile::kStages;
       if (c % kTileChunks == 0) {
         wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
-        fence_for_tensor_cores();
+        if (!Tile::kOrdered) fence_for_tensor_cores();
       }
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kChunkSteps * kBooks; i++) {
         const int s = c % kTileChunks * kChunkSteps + i / kBooks;  // within the tile
-        wgmma<T, N>(sums, a[c % kBuffers][i], wgmma_descriptor(stages + Tile::place(stage, s)));
+        wgmma<T, N>(sums, a[c % kBuffers][i], wgmma_descriptor<Tile::kAcross * 2>(stages + Tile::place(stage, s)));
       }
       wgmma_commit();
       if constexpr (kFar) gather(c, g + 1 < granules);
@@ -333,12 +345,20 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   }
 }
 
+// What a kernel for N slots finds activations by: as they are, and prepared.
+struct Maps {
+  CUtensorMap x, prepared;
+};
+template <int N>
+using Source = std::conditional_t<N == 8, Tokens, Maps>;
+
 // `kOnly`: the kind of all jobs with look-ups, or kDot if there are several, which takes more registers than wgmma
 // would like to have.
 template <typename T, int N, Kind kOnly>
-__global__ void __launch_bounds__(kWideThreads, 1)
-    wide_kernel(const Layer layer, const Tokens tokens, const Tokens prepared, const Job* __restrict__ jobs,
-                const int32_t* __restrict__ starts, float* __restrict__ workspace, int64_t stride) {
+__global__ void __launch_bounds__(Shape<N, ring_bytes(N, kOnly)>::kThreads, 1)
+    wide_kernel(const Layer layer, const Tokens tokens, const __grid_constant__ Source<N> source,
+                const Job* __restrict__ jobs, const int32_t* __restrict__ starts, float* __restrict__ workspace,
+                int64_t stride) {
 #if VPTQ_HAS_WGMMA
   extern __shared__ __align__(1024) char wide_shared[];
   __shared__ Job job;
@@ -347,7 +367,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   using Tile = Shape<N, ring_bytes(N, kOnly)>;
   uint4* books = reinterpret_cast<uint4*>(wide_shared + ring_bytes(N, kOnly));
   const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
-  if (threadIdx.x == 0) ring.initialise();
+  if (threadIdx.x == 0) ring.initialise(Tile::kOrdered);
   unsigned done = 0;  // tiles
   int held = -1, res_held = -1;
   for (int j = first; j < last; j++) {
@@ -384,14 +404,11 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     }
     if (threadIdx.x >= kConsumers) {
       wait_for_previous();
-      if (job.source >= 0) {
-        const Tokens own{static_cast<const T*>(prepared.x) + job.source, prepared.row_stride, tokens.count};
-        copy_activations<T, Tile>(own, job, ring, done, wide_shared);
-      } else if constexpr (N == 8) {
+      if constexpr (!Tile::kOrdered)
         produce<T, Tile>(layer, tokens, job, ring, done, wide_shared);
-      } else {
-        copy_activations<T, Tile>(tokens, job, ring, done, wide_shared);
-      }
+      else if (threadIdx.x == kConsumers)
+        order_activations<Tile>(job.source < 0 ? &source.x : &source.prepared, max(job.source, 0), job, ring, done,
+                                shared_address(wide_shared));
       continue;
     }
     const uint32_t stages = shared_address(wide_shared);
@@ -419,50 +436,53 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
 template <typename T, int N, Kind kOnly>
 cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Tokens& prepared, const Launch& work) {
+  using Tile = Shape<N, ring_bytes(N, kOnly)>;
   auto kernel = wide_kernel<T, N, kOnly>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, dim3(work.thread_blocks), kWideThreads, work.shared_bytes, work.stream, true, layer, tokens,
-                prepared, work.jobs, work.starts, work.workspace, work.stride);
+  Source<N> source = {};
+  if constexpr (Tile::kOrdered) {
+    const Type type = std::is_same_v<T, __half> ? Type::kHalf : Type::kBfloat16;
+    // Rows of another size are prepared, all of them.
+    if (tokens.row_stride % 8 == 0) error = describe_tiles(type, tokens, N, Tile::kAcross * 2, source.x);
+    if (error == cudaSuccess && prepared.row_stride)
+      error = describe_tiles(type, prepared, N, Tile::kAcross * 2, source.prepared);
+    if (error != cudaSuccess) return error;
+  } else {
+    source = prepared;
+  }
+  return launch(kernel, dim3(work.thread_blocks), Tile::kThreads, work.shared_bytes, work.stream, true, layer, tokens,
+                source, work.jobs, work.starts, work.workspace, work.stride);
 }
 
-template <typename T>
+template <typename T, int N>
+cudaError_t run_wide_of(Kind only, const Layer& layer, const Tokens& tokens, const Tokens& prepared,
+                        const Launch& work) {
+  auto go = [&](auto run) { return run(layer, tokens, prepared, work); };
+  switch (only) {
+    case Kind::kBytes:
+      return go(run_wide<T, N, Kind::kBytes>);
+    case Kind::kBytePairs:
+      return go(run_wide<T, N, Kind::kBytePairs>);
+    case Kind::kShorts:
+      return go(run_wide<T, N, Kind::kShorts>);
+    case Kind::kFar:
+      return go(run_wide<T, N, Kind::kFar>);
+    case Kind::kFarBytes:
+      return go(run_wide<T, N, Kind::kFarBytes>);
+    default:
+      return go(run_wide<T, N, Kind::kDot>);
+  }
+}
+
+// By the kernels for one of some numbers of slots.
+template <typename T, int... Slots>
 cudaError_t multiply_wide_of(Kind only, const Layer& layer, const Tokens& tokens, const Tokens& prepared, int slots,
                              const Launch& work) {
-  auto go = [&](auto run) { return run(layer, tokens, prepared, work); };
-  auto of_kind = [&](auto slots) {
-    constexpr int N = decltype(slots)::value;
-    switch (only) {
-      case Kind::kBytes:
-        return go(run_wide<T, N, Kind::kBytes>);
-      case Kind::kBytePairs:
-        return go(run_wide<T, N, Kind::kBytePairs>);
-      case Kind::kShorts:
-        return go(run_wide<T, N, Kind::kShorts>);
-      case Kind::kFar:
-        return go(run_wide<T, N, Kind::kFar>);
-      case Kind::kFarBytes:
-        return go(run_wide<T, N, Kind::kFarBytes>);
-      default:
-        return go(run_wide<T, N, Kind::kDot>);
-    }
-  };
-  if (tokens.count > slots) return cudaErrorInvalidValue;
-  switch (slots) {
-    case 8:
-      return of_kind(std::integral_constant<int, 8>());
-    case 16:
-      return of_kind(std::integral_constant<int, 16>());
-    case 32:
-      return of_kind(std::integral_constant<int, 32>());
-    case 64:
-      return of_kind(std::integral_constant<int, 64>());
-    case 128:
-      return of_kind(std::integral_constant<int, 128>());
-    default:
-      return cudaErrorInvalidValue;
-  }
+  cudaError_t error = cudaErrorInvalidValue;
+  if (tokens.count > slots) return error;
+  ((slots == Slots ? void(error = run_wide_of<T, Slots>(only, layer, tokens, prepared, work)) : void()), ...);
+  return error;
 }
 
 }  // namespace vptq

@@ -265,7 +265,7 @@ def _prepare(
         if key not in places:
             places[key] = made.prepared_columns
             made.preparations.append(Preparation(*key, columns, at=places[key]))
-            made.prepared_columns += -(-columns // 8) * 8
+            made.prepared_columns += -(-columns // wide.GRANULE_COLUMNS) * wide.GRANULE_COLUMNS
         return replace(job, scale=ABSENT, column_list=ABSENT, source=places[key])
 
     first = len(made.preparations)

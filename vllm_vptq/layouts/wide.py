@@ -17,7 +17,7 @@ from vllm_vptq.layouts.work import ABSENT, Job, Kind, Part, Unit, Variant
 TILES = 12
 """Of 16 outputs: one a warp."""
 GRANULE_COLUMNS = 256
-"""Columns that a job is cut at."""
+"""Columns that a job is cut at, and multiplied together: zeros stand behind the last."""
 
 
 def ring_bytes(variant: Variant) -> int:
