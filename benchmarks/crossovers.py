@@ -1,10 +1,10 @@
 """Makes a row of vllm_vptq/layouts/crossovers.json out of the results of benchmarks/kernels.py.
 
-    python -m benchmarks.kernels --tokens 1 8 128 1024 --direct 128 --layouts stationary --out stationary.json
+    python -m benchmarks.kernels --tokens 1 8 64 1024 --direct 64 --layouts stationary --out stationary.json
     python -m benchmarks.kernels --tokens 1 4 8 1024 --direct 8 --layouts compact --out compact.json
     python -m benchmarks.crossovers 9.0 stationary.json compact.json
 
-Looking up costs the time of one launch for every 128 tokens (8 in the compact layout); decoding costs what a call with
+Looking up costs the time of one launch for every 64 tokens (8 in the compact layout); decoding costs what a call with
 many tokens takes beyond the dense product. They meet where the launches cost as much as decoding and a dense product.
 The median over layers and formats is taken for each class of layers (``choice.crossover``). The aligned layout has the
 classes of the stationary one, whose kernels it shares at these counts; results may be of either.
@@ -22,7 +22,7 @@ from typing import Any
 from vllm_vptq.format import parse_format
 from vllm_vptq.layouts import choice, stationary
 
-LAUNCH_TOKENS = {"stationary": 128, "aligned": 128, "compact": 8}
+LAUNCH_TOKENS = {"stationary": 64, "aligned": 64, "compact": 8}
 DECODED_TOKENS = 1024
 
 

@@ -25,7 +25,7 @@ SLICE_BITS, SLICE_ROWS = 13, 8192
 TILE_COLUMNS, TILE_ROWS, SPAN_TILES = 2048, 2056, 2
 STEPS = {Kind.BYTES: 16, Kind.BYTE_PAIRS: 8, Kind.SHORTS: 8, Kind.FAR: 8, Kind.FAR_BYTES: 8}
 """Of 16 columns, whose codes for 16 outputs a warp loads at once: 16 bytes a lane."""
-GRANULE, WIDE_TILES, TILE_OUTPUTS = 256, 12, 16
+GRANULE, TILE_OUTPUTS, COUNTED_SUMS = 256, 16, 64
 RING_BYTES, LARGE_RING_BYTES, GATHERED_BYTES = 32 * 1024, 64 * 1024, 8 * 1024
 """Of activations in wide.cuh, and for 128 tokens where there is room; of vectors that a warp gathers for a granule."""
 LANES = np.arange(32)
@@ -255,9 +255,10 @@ def _check_few(max_tokens: int, jobs: list[work.Job]) -> None:
 def _check_wide(v: SimpleNamespace, jobs: list[work.Job]) -> None:
     """wide.cuh: each strip of outputs comes in pieces by columns, whose sums are splits 0, 1, .. of a part."""
     assert v.wide == (jobs[0].kind if len({job.kind for job in jobs}) == 1 else Kind.DOT)
+    most = wide_tiles(v)
     strips: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for job in jobs:
-        assert job.row_begin % WIDE_TILES == 0 and job.row_end <= job.row_begin + WIDE_TILES
+        assert job.row_begin % most == 0 and job.row_end <= job.row_begin + most
         assert job.column_begin % GRANULE == 0 and (job.scale == ABSENT or job.scale % 4 == 0)  # loaded by four
         assert job.width == 8 or (job.kind == Kind.FAR and job.width == 16)
         if job.source != ABSENT:
@@ -273,6 +274,11 @@ def _check_wide(v: SimpleNamespace, jobs: list[work.Job]) -> None:
     for p, part in enumerate(v.parts):
         counts = [len(pieces) for (q, _), pieces in sorted(strips.items()) if q == p]
         assert part.splits == max(counts) and (part.counts != ABSENT or min(counts) == max(counts))
+
+
+def wide_tiles(v: SimpleNamespace) -> int:
+    """Tiles of 16 outputs that a block of wide.cuh computes at once."""
+    return 16 if v.max_tokens in (16, 32) and v.wide in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS) else 12
 
 
 class Shared:

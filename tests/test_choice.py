@@ -97,14 +97,14 @@ def test_crossovers_from_measurements():
         return dict(layout=layout, format=name, layer="8B o", tokens=tokens, us=us, dense_us=dense)
 
     rows = [
-        row("stationary", "v8-k65536", 128, 80.0, 12.0),
+        row("stationary", "v8-k65536", 64, 80.0, 12.0),
         row("stationary", "v8-k65536", 1024, 150.0, 50.0),
-        row("stationary", "v8-k256-256", 128, 10.0, 12.0),  # without a row of many tokens
+        row("stationary", "v8-k256-256", 64, 10.0, 12.0),  # without a row of many tokens
         row("compact", "v6-k4096", 8, 40.0, 10.0),
         row("compact", "v6-k4096", 1024, 80.0, 50.0),
     ]
-    # 128 tokens cost 80 us; decoding and a dense product 100 + 12
-    assert crossovers(rows) == {"compact": 8, "far": 179}
+    # 64 tokens cost 80 us; decoding and a dense product 100 + 12
+    assert crossovers(rows) == {"compact": 8, "far": 90}
 
 
 def test_resident_bytes_are_logged_with_the_last_layer(caplog):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.packers import (
+    COUNTED_SUMS,
     GATHERED_BYTES,
     GRANULE,
     LANE_OF_ROW,
@@ -32,7 +33,6 @@ from tests.packers import (
     TILE_OUTPUTS,
     TILE_ROWS,
     WARPS,
-    WIDE_TILES,
     Plan,
     Shared,
     entry_of_image_row,
@@ -46,8 +46,6 @@ from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.work import ABSENT, PREPARE_COLUMNS, Job, Kind, LookupLayout, Module
 from vllm_vptq.parameters import ModuleShard, cut_module
-
-STRIP_SUMS = WIDE_TILES * TILE_OUTPUTS
 
 
 class Kernels:
@@ -266,7 +264,7 @@ class Kernels:
 
         if job.kind in (Kind.FAR, Kind.FAR_BYTES):
             residual = round8(job.res_rows) * 8 if job.kind == Kind.FAR_BYTES else 0
-            shared.spoil(images + residual, WIDE_TILES * GATHERED_BYTES // 16)
+            shared.spoil(images + residual, 12 * GATHERED_BYTES // 16)
             vectors = self._gather(job, codes())
             if job.kind == Kind.FAR_BYTES:
                 assert job.width == 8 and job.list_tiles
@@ -299,8 +297,8 @@ class Kernels:
                 mine = (within >= 0) & (within < part.width)
                 sums, splits = vector_row * part.width + within, np.full(len(n), part.splits)
                 if part.counts != ABSENT:
-                    splits = self._take("work", part.counts, (vector_row.max() * part.width) // STRIP_SUMS + 1)
-                    splits = splits[vector_row * part.width // STRIP_SUMS]
+                    splits = self._take("work", part.counts, (vector_row.max() * part.width) // COUNTED_SUMS + 1)
+                    splits = splits[vector_row * part.width // COUNTED_SUMS]
                     assert ((splits > 0) & (splits <= part.splits)).all()
                 for s in range(part.splits):
                     there = np.flatnonzero(mine & (s < splits))

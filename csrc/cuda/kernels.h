@@ -46,8 +46,14 @@ struct Job {
 };
 static_assert(sizeof(Job) == 96, "24 int32");
 
-constexpr int kWideRows = 192;  // outputs a block of wide.cuh computes at once
-constexpr int kGranule = 256;   // columns: its jobs begin at multiples of it, and multiply whole ones
+// Outputs a block of wide.cuh computes at once: 64 a warp group, of which there are four where registers allow it.
+__host__ __device__ constexpr int wide_rows(int slots, Kind only) {
+  const bool resident = only == Kind::kBytes || only == Kind::kBytePairs || only == Kind::kShorts;
+  return resident && (slots == 16 || slots == 32) ? 256 : 192;
+}
+constexpr int kGranule = 256;  // columns: its jobs begin at multiples of it, and multiply whole ones
+
+constexpr int kCountedSums = 64;
 
 // Sums that belong to the same outputs: `splits` rows of the workspace, `stride` apart.
 struct Part {
@@ -55,7 +61,7 @@ struct Part {
   int splits, stride;
   int vector_len, skip;
   int plane, width;  // these sums are elements plane * 8 to plane * 8 + width of every vector
-  int counts;        // where in `work` to find how many of the splits there are, one int32 per kWideRows sums; or -1
+  int counts;        // where in `work` to find how many of the splits there are, one int32 per kCountedSums; or -1
 };
 static_assert(sizeof(Part) == 32, "8 int32");
 

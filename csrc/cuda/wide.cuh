@@ -1,4 +1,4 @@
-// Products with 8 to 128 tokens: three warp groups look weights up, other threads bring the activations.
+// Products with 8 to 128 tokens: three or four warp groups look weights up, other threads bring the activations.
 //
 // A warp keeps to 16 outputs and walks along the columns. ldmatrix.trans of the centroids of 2 vector rows x 16 columns
 // is the A fragment of a wgmma, as in resident.cuh; but the activations are its B operand, which the tensor core reads
@@ -13,7 +13,6 @@
 
 namespace vptq {
 
-constexpr int kConsumers = kWideRows * 2, kConsumerWarps = kConsumers / 32;
 constexpr int kProducers = 128;    // threads that bring up to 8 tokens; of more, one that orders them
 constexpr int kRingBytes = 32768;  // of activations
 constexpr int kMostStages = 8;
@@ -26,9 +25,10 @@ __host__ __device__ constexpr int ring_bytes(int slots, Kind only) {
 }
 
 // A tile of activations: [columns / kAcross][N][kAcross], each as wgmma_descriptor wants it.
-template <int kSlots, int kRing>
+template <int kSlots, Kind kOnly>
 struct Shape {
-  static constexpr int N = kSlots;
+  static constexpr int N = kSlots, kRing = ring_bytes(N, kOnly);
+  static constexpr int kWarps = wide_rows(N, kOnly) / 16, kConsumers = kWarps * 32;
   static constexpr bool kOrdered = N > 8;  // from the copy engine
   static constexpr int kAcross = kRing / (N * 128) >= 4 ? 64 : 32;
   static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : kAcross;
@@ -47,10 +47,11 @@ struct Shape {
 struct Ring {
   uint64_t full[kMostStages], empty[kMostStages];
 
-  __device__ void initialise(bool ordered) {
-    for (int i = 0; i < kMostStages; i++) {
-      initialise_barrier(shared_address(full + i), ordered ? 1 : kProducers);
-      initialise_barrier(shared_address(empty + i), kConsumerWarps);
+  template <typename Tile>
+  __device__ void initialise() {
+    for (int i = 0; i < Tile::kStages; i++) {
+      initialise_barrier(shared_address(full + i), Tile::kOrdered ? 1 : kProducers);
+      initialise_barrier(shared_address(empty + i), Tile::kWarps);
     }
   }
 };
@@ -76,7 +77,7 @@ template <typename T, typename Tile>
 __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job& job, Ring& ring, unsigned& done,
                                                  char* stages) {
   constexpr int kAcross = Tile::kColumns / 8;  // pieces of a token
-  const int thread = threadIdx.x - kConsumers, piece = thread % kAcross, first_slot = thread / kAcross;
+  const int thread = threadIdx.x - Tile::kConsumers, piece = thread % kAcross, first_slot = thread / kAcross;
   const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
   int column = job.column_begin + piece * 8;
   for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++, column += Tile::kColumns) {
@@ -101,7 +102,7 @@ template <typename T, typename Tile>
 __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
                                         unsigned& done, char* stages) {
   const Inputs<T> inputs(layer, tokens, job, Tile::N);
-  const int thread = threadIdx.x - kConsumers;
+  const int thread = threadIdx.x - Tile::kConsumers;
   constexpr int kAcross = Tile::kColumns / 8;
   const int piece = thread % kAcross, first_slot = thread / kAcross;
   const bool aligned =
@@ -355,7 +356,7 @@ using Source = std::conditional_t<N == 8, Tokens, Maps>;
 // `kOnly`: the kind of all jobs with look-ups, or kDot if there are several, which takes more registers than wgmma
 // would like to have.
 template <typename T, int N, Kind kOnly>
-__global__ void __launch_bounds__(Shape<N, ring_bytes(N, kOnly)>::kThreads, 1)
+__global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
     wide_kernel(const Layer layer, const Tokens tokens, const __grid_constant__ Source<N> source,
                 const Job* __restrict__ jobs, const int32_t* __restrict__ starts, float* __restrict__ workspace,
                 int64_t stride) {
@@ -364,10 +365,10 @@ __global__ void __launch_bounds__(Shape<N, ring_bytes(N, kOnly)>::kThreads, 1)
   __shared__ Job job;
   __shared__ Ring ring;
   let_next_start();
-  using Tile = Shape<N, ring_bytes(N, kOnly)>;
-  uint4* books = reinterpret_cast<uint4*>(wide_shared + ring_bytes(N, kOnly));
+  using Tile = Shape<N, kOnly>;
+  uint4* books = reinterpret_cast<uint4*>(wide_shared + Tile::kRing);
   const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
-  if (threadIdx.x == 0) ring.initialise(Tile::kOrdered);
+  if (threadIdx.x == 0) ring.initialise<Tile>();
   unsigned done = 0;  // tiles
   int held = -1, res_held = -1;
   for (int j = first; j < last; j++) {
@@ -402,11 +403,11 @@ __global__ void __launch_bounds__(Shape<N, ring_bytes(N, kOnly)>::kThreads, 1)
       }
       __syncthreads();
     }
-    if (threadIdx.x >= kConsumers) {
+    if (threadIdx.x >= Tile::kConsumers) {
       wait_for_previous();
       if constexpr (!Tile::kOrdered)
         produce<T, Tile>(layer, tokens, job, ring, done, wide_shared);
-      else if (threadIdx.x == kConsumers)
+      else if (threadIdx.x == Tile::kConsumers)
         order_activations<Tile>(job.source < 0 ? &source.x : &source.prepared, max(job.source, 0), job, ring, done,
                                 shared_address(wide_shared));
       continue;
@@ -436,7 +437,7 @@ __global__ void __launch_bounds__(Shape<N, ring_bytes(N, kOnly)>::kThreads, 1)
 
 template <typename T, int N, Kind kOnly>
 cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Tokens& prepared, const Launch& work) {
-  using Tile = Shape<N, ring_bytes(N, kOnly)>;
+  using Tile = Shape<N, kOnly>;
   auto kernel = wide_kernel<T, N, kOnly>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
   if (error != cudaSuccess) return error;

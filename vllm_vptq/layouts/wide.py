@@ -1,8 +1,8 @@
-"""Jobs of csrc/cuda/wide.cuh: products of 8 to 128 tokens, for which three warp groups of a block look weights up.
+"""Jobs of csrc/cuda/wide.cuh: products of 8 to 128 tokens, for which three or four warp groups of a block look up.
 
-A block computes 192 outputs at once and walks along the columns. Columns are divided so that all blocks of the GPU get
-as much to do: a block ends in the middle of some outputs, and the next goes on there. So the sums of some outputs come
-in more pieces than others', and ``Part.counts`` says in how many.
+A block computes 192 or 256 outputs at once and walks along the columns. Columns are divided so that all blocks of the
+GPU get as much to do: a block ends in the middle of some outputs, and the next goes on there. So the sums of some
+outputs come in more pieces than others', and ``Part.counts`` says in how many.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from vllm_vptq.layouts import work
 from vllm_vptq.layouts.passes import LARGE_RING_BYTES, RING_BYTES, Pass
 from vllm_vptq.layouts.work import ABSENT, Job, Kind, Part, Unit, Variant
 
-TILES = 12
-"""Of 16 outputs: one a warp."""
+COUNTED_SUMS = 64
+"""That the numbers of ``Part.counts`` are for."""
 GRANULE_COLUMNS = 256
 """Columns that a job is cut at, and multiplied together: zeros stand behind the last."""
 
@@ -26,9 +26,15 @@ def ring_bytes(variant: Variant) -> int:
     return LARGE_RING_BYTES if large else RING_BYTES
 
 
+def tiles(variant: Variant) -> int:
+    """Of 16 outputs, that a block computes at once: one a warp."""
+    resident = variant.wide in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS)
+    return 16 if resident and variant.max_tokens in (16, 32) else 12
+
+
 @dataclass
 class Strip:
-    """The outputs a block computes at once: ``TILES`` tiles of a pass from ``begin``; ``part`` is that of the pass."""
+    """The outputs a block computes at once: tiles of a pass from ``begin``; ``part`` is that of the pass."""
 
     pass_: Pass
     part: int
@@ -46,10 +52,11 @@ def cut(made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Seque
     flat = [both for module in passes for both in module]
     kinds = {pass_.kind for pass_, _ in flat}
     made.wide = int(kinds.pop() if len(kinds) == 1 else Kind.DOT)
+    most = tiles(made)
     for part, (pass_, job) in enumerate(flat):
-        for begin in range(0, pass_.tiles, TILES):
+        for begin in range(0, pass_.tiles, most):
             strips.append(Strip(pass_, part, begin))
-            units.append(_unit(pass_, job, tokens))
+            units.append(_unit(pass_, job, tokens, most))
     pieces = work.divide([*units, *dots], processors)
     splits = _place_sums(made, [pass_ for pass_, _ in flat], strips, pieces)
     seen = [0] * len(strips)
@@ -65,7 +72,7 @@ def cut(made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Seque
                 replace(
                     whole,
                     row_begin=strip.begin,
-                    row_end=min(strip.pass_.tiles, strip.begin + TILES),
+                    row_end=min(strip.pass_.tiles, strip.begin + most),
                     column_begin=begin * GRANULE_COLUMNS,
                     column_end=min(whole.column_end, end * GRANULE_COLUMNS),
                     out=part_.out + seen[u] * part_.stride,
@@ -92,7 +99,8 @@ def _place_sums(
         uneven = ABSENT
         if min(counts) < max(counts):
             uneven = len(made.counts)
-            made.counts.append(counts)
+            each = tiles(made) * 16 // COUNTED_SUMS
+            made.counts.append([n for n in counts for _ in range(each)])
         segment = pass_.segment
         made.parts.append(
             Part(at, max(counts), stride, segment.vector_len, segment.skip, pass_.plane, pass_.width, uneven)
@@ -100,7 +108,7 @@ def _place_sums(
     return splits
 
 
-def _unit(pass_: Pass, job: Job, tokens: int) -> Unit:
+def _unit(pass_: Pass, job: Job, tokens: int, tiles: int) -> Unit:
     """Costs are cycles of shared memory, or of the L2 cache; only their proportions matter."""
     images = {1: 10.7, 2: 7.5, 3: 6.0, 8: 4.0}
     far = pass_.kind in (Kind.FAR, Kind.FAR_BYTES)
@@ -108,7 +116,7 @@ def _unit(pass_: Pass, job: Job, tokens: int) -> Unit:
     books = 2 if pass_.kind == Kind.BYTE_PAIRS else 1
     products = books if tokens == 8 else 1  # of more tokens, vectors are added first
     # Activations are read by the tensor cores, which from 128 tokens on take longer than that.
-    cost = TILES * GRANULE_COLUMNS / 16 * max(books * look_up + products * tokens / 16, tokens / 8)
+    cost = tiles * GRANULE_COLUMNS / 16 * max(books * look_up + products * tokens / 16, tokens / 8)
     granules = -(-pass_.segment.num_columns // GRANULE_COLUMNS)
     fill = 0.0 if pass_.kind == Kind.FAR else 1500 + pass_.images_bytes / 64
     return Unit(job, granules, 1, cost, fill=fill, tile=600 + tokens * 6, held=job.book)
