@@ -210,7 +210,8 @@ class Plan:
         assert self.stationary and self.shared_bytes % 16 == 0
         assert self.shared_bytes + OWN_SHARED_BYTES <= SHARED_BYTES
         for v in self.variants:
-            assert v.max_tokens in (8, 16, 32, 64, 128) and 0 < len(v.jobs) <= processors and all(v.jobs)
+            assert v.max_tokens in (8, 16, 32, 64, 128) and all(v.jobs)
+            assert 0 < len(v.jobs) <= (max(1, processors // 2) if wide_tiles(v) == 24 else processors)
             assert v.stride % 2 == 0  # sums are stored in pairs
             jobs = [job for jobs in v.jobs for job in jobs]
             _check_dots(v, [job for job in jobs if job.kind == Kind.DOT])
@@ -277,7 +278,9 @@ def _check_wide(v: SimpleNamespace, jobs: list[work.Job]) -> None:
 
 
 def wide_tiles(v: SimpleNamespace) -> int:
-    """Tiles of 16 outputs that a block of wide.cuh computes at once."""
+    """Tiles of 16 outputs that a block of wide.cuh, or a cluster of blocks, computes at once."""
+    if v.max_tokens == 128 and v.wide != Kind.DOT:
+        return 24  # by a cluster of two blocks
     return 16 if v.max_tokens in (16, 32) and v.wide in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS) else 12
 
 

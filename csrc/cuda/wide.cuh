@@ -35,6 +35,7 @@ struct Shape {
   static constexpr int kBytes = N * kColumns * 2;
   static constexpr int kStages = kRing / kBytes;
   static constexpr int kPieces = N * kColumns / 8 / kProducers;  // of 16 bytes, per producer thread
+  static constexpr int kCluster = wide_cluster(N, kOnly);  // blocks that share tiles: each brings those of some tokens
   static constexpr int kThreads = kConsumers + (kOrdered ? 32 : kProducers);
   static_assert(kStages >= 2 && kStages <= kMostStages);
 
@@ -51,8 +52,18 @@ struct Ring {
   __device__ void initialise() {
     for (int i = 0; i < Tile::kStages; i++) {
       initialise_barrier(shared_address(full + i), Tile::kOrdered ? 1 : kProducers);
-      initialise_barrier(shared_address(empty + i), Tile::kWarps);
+      initialise_barrier(shared_address(empty + i), Tile::kWarps * Tile::kCluster);
     }
+  }
+
+  // By each warp of the cluster: a stage may be filled again.
+  template <typename Tile>
+  __device__ __forceinline__ void release(unsigned tile) {
+    const uint32_t barrier = shared_address(empty + tile % Tile::kStages);
+    if constexpr (Tile::kCluster == 1)
+      arrive(barrier);
+    else
+      for (int rank = 0; rank < Tile::kCluster; rank++) arrive_in_cluster(barrier, rank);
   }
 };
 
@@ -60,6 +71,8 @@ struct Ring {
 template <typename Tile>
 __device__ __forceinline__ void order_activations(const CUtensorMap* map, int first_column, const Job& job, Ring& ring,
                                                   unsigned& done, uint32_t stages) {
+  constexpr int kRows = Tile::N / Tile::kCluster;
+  const int first_row = Tile::kCluster == 1 ? 0 : cluster_rank() * kRows;
   const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
   int column = first_column + job.column_begin;
   for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++) {
@@ -68,7 +81,8 @@ __device__ __forceinline__ void order_activations(const CUtensorMap* map, int fi
     announce_bulk_copy(shared_address(ring.full + stage), Tile::kBytes);
 #pragma unroll
     for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
-      copy_tile(stages + Tile::place(stage, i * Tile::kAcross / 16), map, column, shared_address(ring.full + stage));
+      copy_tile<Tile::kCluster>(stages + Tile::place(stage, i * Tile::kAcross / 16) + first_row * Tile::kAcross * 2,
+                                map, column, first_row, shared_address(ring.full + stage));
   }
 }
 
@@ -192,7 +206,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   constexpr int kTileChunks = Tile::kColumns / 16 / kChunkSteps;
   static_assert(kTileChunks >= 2 && kChunks % kTileChunks == 0 && kChunks % kBuffers == 0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row = job.row_begin + warp;
+  const int row = job.row_begin + warp + (Tile::kCluster == 1 ? 0 : cluster_rank() * Tile::kWarps);
   const bool mine = row < job.row_end;
 
   const int first_granule = job.column_begin / kGranule;
@@ -294,7 +308,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     look_up(next, c);
   }
   auto release = [&](unsigned tile) {
-    if (lane == 0) arrive(shared_address(ring.empty + tile % Tile::kStages));
+    if (lane == 0) ring.release<Tile>(tile);
   };
   for (int g = 0; g < granules; g++) {
 #pragma unroll
@@ -367,8 +381,9 @@ __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
   let_next_start();
   using Tile = Shape<N, kOnly>;
   uint4* books = reinterpret_cast<uint4*>(wide_shared + Tile::kRing);
-  const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
+  const int block = blockIdx.x / Tile::kCluster, first = starts[block], last = starts[block + 1];
   if (threadIdx.x == 0) ring.initialise<Tile>();
+  if constexpr (Tile::kCluster > 1) synchronise_cluster();
   unsigned done = 0;  // tiles
   int held = -1, res_held = -1;
   for (int j = first; j < last; j++) {
@@ -410,6 +425,7 @@ __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
       else if (threadIdx.x == Tile::kConsumers)
         order_activations<Tile>(job.source < 0 ? &source.x : &source.prepared, max(job.source, 0), job, ring, done,
                                 shared_address(wide_shared));
+      __syncwarp();
       continue;
     }
     const uint32_t stages = shared_address(wide_shared);
@@ -430,6 +446,7 @@ __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
         consume<T, Tile, Kind::kFar>(layer, tokens, job, ring, done, stages, books, workspace, stride);
     }
   }
+  if constexpr (Tile::kCluster > 1) synchronise_cluster();  // others still arrive at barriers of this block
 #else
   __trap();  // never launched here: layouts/stationary.py asks for it on Hopper only
 #endif
@@ -445,15 +462,17 @@ cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Tokens& pre
   if constexpr (Tile::kOrdered) {
     const Type type = std::is_same_v<T, __half> ? Type::kHalf : Type::kBfloat16;
     // Rows of another size are prepared, all of them.
-    if (tokens.row_stride % 8 == 0) error = describe_tiles(type, tokens, N, Tile::kAcross * 2, source.x);
+    if (tokens.row_stride % 8 == 0)
+      error = describe_tiles(type, tokens, N / Tile::kCluster, Tile::kAcross * 2, source.x);
     if (error == cudaSuccess && prepared.row_stride)
-      error = describe_tiles(type, prepared, N, Tile::kAcross * 2, source.prepared);
+      error = describe_tiles(type, prepared, N / Tile::kCluster, Tile::kAcross * 2, source.prepared);
     if (error != cudaSuccess) return error;
   } else {
     source = prepared;
   }
-  return launch(kernel, dim3(work.thread_blocks), Tile::kThreads, work.shared_bytes, work.stream, true, layer, tokens,
-                source, work.jobs, work.starts, work.workspace, work.stride);
+  return launch_clusters(kernel, Tile::kCluster, dim3(work.thread_blocks * Tile::kCluster), Tile::kThreads,
+                         work.shared_bytes, work.stream, true, layer, tokens, source, work.jobs, work.starts,
+                         work.workspace, work.stride);
 }
 
 template <typename T, int N>

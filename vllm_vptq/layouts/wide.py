@@ -26,10 +26,15 @@ def ring_bytes(variant: Variant) -> int:
     return LARGE_RING_BYTES if large else RING_BYTES
 
 
+def cluster(variant: Variant) -> int:
+    """Blocks that work off the same jobs, each on its tiles of their outputs, and share activations."""
+    return 2 if variant.max_tokens == 128 and variant.wide != Kind.DOT else 1
+
+
 def tiles(variant: Variant) -> int:
-    """Of 16 outputs, that a block computes at once: one a warp."""
+    """Of 16 outputs, that a block, or a cluster, computes at once: one a warp."""
     resident = variant.wide in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS)
-    return 16 if resident and variant.max_tokens in (16, 32) else 12
+    return (16 if resident and variant.max_tokens in (16, 32) else 12) * cluster(variant)
 
 
 @dataclass
@@ -57,7 +62,7 @@ def cut(made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Seque
         for begin in range(0, pass_.tiles, most):
             strips.append(Strip(pass_, part, begin))
             units.append(_unit(pass_, job, tokens, most))
-    pieces = work.divide([*units, *dots], processors)
+    pieces = work.divide([*units, *dots], max(1, processors // cluster(made)))
     splits = _place_sums(made, [pass_ for pass_, _ in flat], strips, pieces)
     seen = [0] * len(strips)
     for block in pieces:
