@@ -179,8 +179,9 @@ class Plan:
         sizes = take("variants", "modules")
         self.variants = []
         for _ in range(sizes.variants):
-            v = take("max_tokens", "wide", "stride", "jobs_at", "starts_at", "thread_blocks", "modules_at", "parts_at")
+            v = take("max_tokens", "stride", "modules_at", "parts_at")
             placed = take("preparations_at", "chunks", "prepared_columns")
+            v.launches = [take("wide", "jobs_at", "starts_at", "thread_blocks") for _ in range(next(rest))]
             parts = next(rest)
             v.prepared_columns, v.preparations = placed.prepared_columns, []
             while sum(p.chunks for p in v.preparations) < placed.chunks:
@@ -191,10 +192,11 @@ class Plan:
             # On the device too, for layers of many modules.
             assert v.modules == stored(work.Module, v.modules_at, sizes.modules)
             assert v.parts == stored(work.Part, v.parts_at, parts)
-            starts = words[v.starts_at : v.starts_at + v.thread_blocks + 1]
-            assert len(starts) == v.thread_blocks + 1 and starts[0] == 0 and starts == sorted(starts)
-            jobs = stored(work.Job, v.jobs_at, starts[-1])
-            v.jobs = [jobs[lo:hi] for lo, hi in pairwise(starts)]
+            for launch in v.launches:
+                starts = words[launch.starts_at : launch.starts_at + launch.thread_blocks + 1]
+                assert len(starts) == launch.thread_blocks + 1 and starts[0] == 0 and starts == sorted(starts)
+                jobs = stored(work.Job, launch.jobs_at, starts[-1])
+                launch.jobs = [jobs[lo:hi] for lo, hi in pairwise(starts)]
             self.variants.append(v)
         self.decodings = [
             SimpleNamespace(
@@ -210,23 +212,30 @@ class Plan:
         assert self.stationary and self.shared_bytes % 16 == 0
         assert self.shared_bytes + OWN_SHARED_BYTES <= SHARED_BYTES
         for v in self.variants:
-            assert v.max_tokens in (8, 16, 32, 64) and 0 < len(v.jobs) <= processors and all(v.jobs)
+            assert v.max_tokens in (8, 16, 32, 64)
             assert v.stride % 2 == 0  # sums are stored in pairs
-            jobs = [job for jobs in v.jobs for job in jobs]
-            _check_dots(v, [job for job in jobs if job.kind == Kind.DOT])
-            jobs = [job for job in jobs if job.kind != Kind.DOT]
-            for job in jobs:
-                assert 0 <= job.row_begin < job.row_end and 0 <= job.column_begin < job.column_end
-            if v.wide == ABSENT:
-                assert v.max_tokens <= 16
-                _check_few(v.max_tokens, jobs)
-            else:
-                _check_wide(v, jobs)
+            _check_dots(v, [job for launch in v.launches for job in flat(launch) if job.kind == Kind.DOT])
+            assert 1 <= len(v.launches) <= 2 and all(launch.wide != ABSENT for launch in v.launches[1:])
+            for launch in v.launches:
+                assert 0 < len(launch.jobs) <= processors and all(launch.jobs)
+                jobs = [job for job in flat(launch) if job.kind != Kind.DOT]
+                for job in jobs:
+                    assert 0 <= job.row_begin < job.row_end and 0 <= job.column_begin < job.column_end
+                if launch.wide == ABSENT:
+                    assert v.max_tokens <= 16
+                    _check_few(v.max_tokens, jobs)
+                else:
+                    _check_wide(v, launch.wide, jobs)
         assert all(a.max_tokens < b.max_tokens for a, b in pairwise(self.variants))
         for d in self.decodings:
             assert d.job.width == 8 or (d.job.kind == Kind.FAR and d.residual.kind in (Kind.FAR, ABSENT))
             assert d.job.kind != Kind.BYTE_PAIRS or d.residual.kind == ABSENT
             assert d.residual.kind == ABSENT or d.residual.width == d.job.width
+
+
+def flat(launch: SimpleNamespace) -> list[work.Job]:
+    """The jobs of all thread blocks."""
+    return [job for jobs in launch.jobs for job in jobs]
 
 
 def _check_dots(v: SimpleNamespace, dots: list[work.Job]) -> None:
@@ -252,9 +261,9 @@ def _check_few(max_tokens: int, jobs: list[work.Job]) -> None:
             assert columns <= WARPS * WARP_COLUMNS and job.column_begin % (STEPS[Kind(job.kind)] * 16) == 0
 
 
-def _check_wide(v: SimpleNamespace, jobs: list[work.Job]) -> None:
+def _check_wide(v: SimpleNamespace, wide: int, jobs: list[work.Job]) -> None:
     """wide.cuh: each strip of outputs comes in pieces by columns, whose sums are splits 0, 1, .. of a part."""
-    assert v.wide == (jobs[0].kind if len({job.kind for job in jobs}) == 1 else Kind.DOT)
+    assert wide == (jobs[0].kind if len({job.kind for job in jobs}) == 1 else Kind.DOT)
     strips: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for job in jobs:
         assert job.row_begin % WIDE_TILES == 0 and job.row_end <= job.row_begin + WIDE_TILES
@@ -270,8 +279,8 @@ def _check_wide(v: SimpleNamespace, jobs: list[work.Job]) -> None:
         pieces.sort()
         assert [lo for lo, _, _ in pieces] == [0, *(hi for _, hi, _ in pieces[:-1])]
         assert sorted(split for _, _, split in pieces) == list(range(len(pieces)))
-    for p, part in enumerate(v.parts):
-        counts = [len(pieces) for (q, _), pieces in sorted(strips.items()) if q == p]
+    for p in {p for p, _ in strips}:
+        part, counts = v.parts[p], [len(pieces) for (q, _), pieces in sorted(strips.items()) if q == p]
         assert part.splits == max(counts) and (part.counts != ABSENT or min(counts) == max(counts))
 
 

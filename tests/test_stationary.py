@@ -35,6 +35,7 @@ from tests.packers import (
     Plan,
     Shared,
     entry_of_image_row,
+    flat,
     image_row,
     resident_place,
     round8,
@@ -108,13 +109,11 @@ class Kernels:
     def _multiply(self, v: SimpleNamespace, x: np.ndarray) -> np.ndarray:
         workspace = Workspace(len(x), v.stride)
         prepared = self._prepare(v, x, workspace)
-        for jobs in v.jobs:
+        for wide, jobs in ((launch.wide, jobs) for launch in v.launches for jobs in launch.jobs):
             shared = Shared(self.plan.shared_bytes)
             for job in jobs:
                 if job.kind == Kind.DOT:
                     self._dot(job, x, workspace)
-                    shared.spoil(0 if v.wide == ABSENT else RING_ROWS, 2 * WARPS * 4 // 16)
-                    shared.held = ()
                     continue
                 if job.source != ABSENT:
                     acts = prepared[:, job.source + job.column_begin : job.source + job.column_end].T
@@ -124,8 +123,8 @@ class Kernels:
                     assert v.max_tokens == 8 or x.shape[1] % 8 == 0
                     scaled = x * self._norm(job.scale, x.shape[1], 1)
                     acts = scaled[:, self._sources(job)[job.column_begin :]].T
-                if v.wide != ABSENT:
-                    assert job.kind == v.wide or v.wide == Kind.DOT
+                if wide != ABSENT:
+                    assert job.kind == wide or wide == Kind.DOT
                     self._wide(job, acts, shared, workspace)
                 elif job.kind == Kind.SLICED:
                     self._sliced(job, acts, 1 if len(x) <= 8 else 2, shared, workspace)
@@ -393,7 +392,8 @@ def check(
             np.testing.assert_allclose(kernels.linear(x[:tokens]), x[:tokens] @ dense.T, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(kernels.weight(40), dense, rtol=1e-12, atol=1e-12)
         plans.append(kernels.plan)
-    assert [[v.max_tokens for v in plan.variants if v.wide != ABSENT] for plan in plans] == [[8, 16, 32, 64], [32, 64]]
+    by_wide = [[v.max_tokens for v in plan.variants if v.launches[0].wide != ABSENT] for plan in plans]
+    assert by_wide == [[8, 16, 32, 64], [32, 64]]
     return plans
 
 
@@ -480,7 +480,7 @@ def test_fused(processors):
     rows = LayerSpec(520, 33, **FORMATS["v8-k256-256"], **EXTRAS["row norm"])
     for plan in check(*fused_layer([plain, None, normed, rows, None, plain]), processors):
         assert [m.dense for m in plan.variants[0].modules] == [0, 1, 0, 0, 1, 0]
-        assert {v.wide for v in plan.variants} <= {ABSENT, Kind.DOT}
+        assert {v.launches[0].wide for v in plan.variants} <= {ABSENT, Kind.DOT}
 
 
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-64", "v6-k4096", "v20-k16384-65536"])
@@ -500,7 +500,7 @@ def test_shapes(name, shape):
         if shape[1] > 4096:
             for v in plan.variants:
                 assert all(part.splits > 1 for part in v.parts)
-                assert len({job.column_begin for jobs in v.jobs for job in jobs}) > 1
+                assert all(len({job.column_begin for job in flat(launch)}) > 1 for launch in v.launches)
 
 
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v6-k4096", "v20-k16384-65536"])
@@ -509,38 +509,41 @@ def test_outputs_in_more_or_fewer_pieces(name):
     uneven = set()
     for processors in (1, 4, 5, 7):
         plans = check(*fused_layer([LayerSpec(2900, 500, **FORMATS[name], **EXTRAS["column norm"])]), processors)
-        parts = [part for plan in plans for v in plan.variants if v.wide != ABSENT for part in v.parts]
+        parts = [part for plan in plans for v in plan.variants for part in v.parts]
         if any(part.counts != ABSENT for part in parts):
             uneven.add(processors)
     assert uneven and 1 not in uneven
 
 
 @pytest.mark.parametrize(
-    ("names", "wide", "most"),
+    ("names", "wide", "most", "beside"),
     [
-        ("v8-k65536", Kind.FAR, 16),
-        ("v8-k65536 v8-k256-256", Kind.DOT, 16),
-        ("v8-k65536-512", Kind.DOT, 16),
-        ("v8-k65536 v8-k16-16384", Kind.DOT, 16),
-        ("v8-k65536-256", Kind.FAR_BYTES, 8),
-        ("v12-k65536", Kind.FAR, 8),
-        ("v8-k65536 v12-k65536", Kind.FAR, 8),
-        ("v8-k256-256", Kind.BYTE_PAIRS, 0),
-        ("v8-k8192 v6-k4096", Kind.SHORTS, 0),
-        ("v20-k512-4", Kind.DOT, 0),
+        ("v8-k65536", Kind.FAR, 16, None),
+        ("v8-k65536 v8-k256-256", Kind.DOT, 16, Kind.BYTE_PAIRS),
+        ("v8-k65536-512", Kind.DOT, 16, Kind.SHORTS),
+        ("v8-k65536 v8-k16-16384", Kind.DOT, 16, Kind.BYTES),
+        ("v8-k65536-256", Kind.FAR_BYTES, 16, Kind.BYTES),
+        ("v8-k65536-256 v8-k65536-512", Kind.DOT, 16, Kind.DOT),
+        ("v12-k65536", Kind.FAR, 8, None),
+        ("v8-k65536 v12-k65536", Kind.FAR, 8, None),
+        ("v8-k256-256", Kind.BYTE_PAIRS, 0, None),
+        ("v8-k8192 v6-k4096", Kind.SHORTS, 0, None),
+        ("v20-k512-4", Kind.DOT, 0, None),
     ],
 )
-def test_which_kernel_serves(names, wide, most):
+def test_which_kernel_serves(names, wide, most, beside):
+    """``beside``: by a launch of its own, after that of the lists."""
     shards, weight = fused_layer([LayerSpec(320, 61, **FORMATS[name]) for name in names.split()])
     x = np.random.default_rng(1).standard_normal((69, 320))
     for tensor_groups in (True, False):
         layout = build(shards, tensor_groups=tensor_groups)
         kernels = Kernels(layout)
         kernels.plan.check_limits(132)
-        expected = [(tokens, ABSENT if tokens <= most else wide) for tokens in (8, 16, 32, 64)]
+        few = [ABSENT] if beside is None else [ABSENT, beside]
+        expected = [(tokens, few if tokens <= most else [wide]) for tokens in (8, 16, 32, 64)]
         if not tensor_groups:
-            expected = [(8, ABSENT), (16, ABSENT)]
-        assert [(v.max_tokens, v.wide) for v in kernels.plan.variants] == expected
+            expected = [(8, [ABSENT]), (16, [ABSENT])]
+        assert [(v.max_tokens, [launch.wide for launch in v.launches]) for v in kernels.plan.variants] == expected
         assert kernels.plan.direct_tokens == 64
         for tokens in (3, 13, 69):
             expected_y = x[:tokens] @ weight.double().numpy().T
@@ -559,7 +562,7 @@ def test_neighbours_share_a_slice():
     shards, weight = fused_layer([LayerSpec(9000, 24, **FORMATS["v8-k65536"])])
     _, plan = check(shards, weight, processors=1)
     for v, ranges in zip(plan.variants[:2], (3, 5), strict=True):
-        (jobs,) = v.jobs
+        (jobs,) = v.launches[0].jobs
         assert [job.book for job in jobs] == [SLICE_ROWS * s for s in range(8) for _ in range(ranges)]
 
 

@@ -157,6 +157,23 @@ __device__ __forceinline__ unsigned load_once(const unsigned* p) {
   return r;
 }
 
+// Weights, and what else no kernel writes, ahead of wait_for_previous: see above.
+__device__ __forceinline__ float load_ahead(const float* p) {
+  float r;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(r) : "l"(p));
+  return r;
+}
+__device__ __forceinline__ int load_ahead(const int* p) {
+  int r;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(r) : "l"(p));
+  return r;
+}
+__device__ __forceinline__ float2 load_ahead(const float2* p) {
+  float2 r;
+  asm volatile("ld.global.v2.f32 {%0,%1}, [%2];" : "=f"(r.x), "=f"(r.y) : "l"(p));
+  return r;
+}
+
 // From shared memory by its own address: a generic pointer would have to be resolved first.
 __device__ __forceinline__ unsigned load_shared_word(uint32_t address) {
   unsigned r;

@@ -9,7 +9,8 @@ namespace {
 
 template <typename T>
 __device__ __noinline__ void multiply_dot_apart(const Layer& layer, const Tokens& tokens, const Job& job,
-                                                float* workspace, int64_t stride, float* shared) {
+                                                float* workspace, int64_t stride) {
+  __shared__ float shared[8 * kWarps];  // the slice stays
   multiply_dot<T>(layer, tokens, job, workspace, stride, shared);
 }
 
@@ -39,13 +40,13 @@ __global__ void __maxnreg__(112)
     if (threadIdx.x < sizeof(Job) / 4)
       reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
     if (threadIdx.x == kThreads - 1) {
-      const int source = Slots > 8 ? jobs[j].source : -1;
+      const int source = jobs[j].source;
       own_layer = layer;
       own_tokens = tokens;
       if (source >= 0) own_tokens = {static_cast<const T*>(prepared.x) + source, prepared.row_stride, tokens.count};
     }
     __syncthreads();
-    if (threadIdx.x == 0 && Kind(job.kind) != Kind::kSliced) copy.held = -1;
+    if (threadIdx.x == 0 && Kind(job.kind) != Kind::kSliced && Kind(job.kind) != Kind::kDot) copy.held = -1;
     switch (Kind(job.kind)) {
       case Kind::kSliced:
         if constexpr (Slots == 1)
@@ -63,8 +64,7 @@ __global__ void __maxnreg__(112)
         multiply_resident<T, Octets, Kind::kShorts>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
         break;
       default:
-        wait_for_previous();
-        multiply_dot_apart<T>(own_layer, own_tokens, job, workspace, stride, reinterpret_cast<float*>(shared));
+        multiply_dot_apart<T>(own_layer, own_tokens, job, workspace, stride);
     }
   }
 }

@@ -92,7 +92,7 @@ __device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens&
                             job.copies);
 
   wait_for_previous();
-  const Inputs<T> inputs(layer, tokens, job, 8 * Octets);
+  const Inputs<T> inputs(layer, tokens, job);
   unsigned acts[kLoads * kSteps][2 * Octets];
   if (inputs.plain && job.column_end % (kSteps * 16) == 0) {
 #pragma unroll
@@ -136,14 +136,10 @@ __device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens&
     const float* buffer = sums + count % 2 * kBuffer + octet * kWarps * 128;
     const int at = threadIdx.x % 128, owner = at / 4, j = at % 4;
     const int token = octet * 8 + owner % 4 * 2 + j % 2;
-    if (token >= tokens.count || (inputs.half && token >= inputs.half)) return;
+    if (token >= tokens.count) return;
     float total = 0.f;
 #pragma unroll 8
-    for (int w = 0; w < warps; w++) {
-      total += buffer[w * 128 + at];
-      // The low parts of a token's numbers are four tokens further.
-      if (Octets == 1 && inputs.half) total += buffer[w * 128 + at + 8];
-    }
+    for (int w = 0; w < warps; w++) total += buffer[w * 128 + at];
     const int vector_row = 2 * row + j / 2;
     workspace[token * stride + job.out + vector_row * 8 + owner / 4] = total;
   };

@@ -56,40 +56,33 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
   constexpr int kBatch = 4;  // groups looked up together
   constexpr int kRing = 2, kAhead = 12;
   const int lane = threadIdx.x % 32;
-  // Of every column, a scaled activation as a sum of two numbers, [kSpanTiles][kTileRows], in four copies: entries 8 i
-  // .. of a group read copy i, which lies in banks of its own. So they collide no more than those of sliced.cuh.
+  // Of every column the activation, [kSpanTiles][kTileRows], in four copies: entries 8 i .. of a group read copy i,
+  // which lies in banks of its own. So they collide no more than those of sliced.cuh.
   uint4* columns = shared + kSliceRows;
   if (threadIdx.x == 0) copy.begin(shared, static_cast<const uint4*>(layer.books) + job.book, job);
   ListReader<kRing, kAhead, kBatch> reader(layer, job);
 
-  wait_for_previous();
-  const Inputs<T> inputs(layer, tokens, job, 2);
+  const Inputs<T> inputs(layer, tokens, job);
   constexpr int kShare = kSpanTiles * kTileColumns / kThreads;
-  float mine[kShare];
-  if (inputs.has_list) {
-#pragma unroll
-    for (int i = 0; i < kShare; i++) {
-      const int column = job.column_begin + threadIdx.x + i * kThreads;
-      mine[i] = column < job.column_end ? inputs.unrounded(0, column) : 0.f;
-    }
-  } else {
-    T values[kShare];
-    float factors[kShare];
-#pragma unroll
-    for (int i = 0; i < kShare; i++) {  // all loads before anything is done with one
-      const int column = min(job.column_begin + int(threadIdx.x) + i * kThreads, job.column_end - 1);
-      values[i] = inputs.x[column];
-      factors[i] = inputs.has_scale ? __ldg(inputs.scale + column) : 1.f;
-    }
-#pragma unroll
-    for (int i = 0; i < kShare; i++) mine[i] = Number<T>::wide(values[i]) * factors[i];
-  }
+  int sources[kShare];
+  float factors[kShare];
 #pragma unroll
   for (int i = 0; i < kShare; i++) {  // those behind the end are in no list
+    sources[i] = min(job.column_begin + int(threadIdx.x) + i * kThreads, job.column_end - 1);
+    if (inputs.has_list) sources[i] = load_ahead(inputs.list + sources[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kShare; i++) factors[i] = inputs.has_scale ? load_ahead(inputs.scale + sources[i]) : 1.f;
+  wait_for_previous();
+  T values[kShare];
+#pragma unroll
+  for (int i = 0; i < kShare; i++) values[i] = inputs.x[sources[i]];  // all loads before anything is done with one
+#pragma unroll
+  for (int i = 0; i < kShare; i++) {
     const int column = threadIdx.x + i * kThreads;
-    const T high = Number<T>::narrow(mine[i]), low = Number<T>::narrow(mine[i] - Number<T>::wide(high));
-    const unsigned both = pack(high, low);
-    columns[column + column / kTileColumns * 8] = make_uint4(both, both, both, both);
+    const T value = Number<T>::narrow(Number<T>::wide(values[i]) * factors[i]);
+    const unsigned twice = pack(value, value);
+    columns[column + column / kTileColumns * 8] = make_uint4(twice, twice, twice, twice);
   }
   if (threadIdx.x < kSpanTiles)  // what entries that only pad are multiplied by
     columns[threadIdx.x * kTileRows + kTileColumns] = make_uint4(0, 0, 0, 0);
@@ -101,7 +94,6 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
       shared_address(columns) - job.column_begin / kTileColumns % kSpanTiles * kTileRows * 16 + lane / 8 * 4;
   const Crossing cross(lane);
   float sums[kBatch][4] = {};
-  const bool scaled = inputs.has_scale;
   auto multiply_block = [&](int i) {
 #pragma unroll
     for (int first = 0; first < kAhead; first += kBatch) {
@@ -114,10 +106,6 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
         ldmatrix_trans(c[k], book + (entry & (kSliceRows - 1) << 2) * 4);
       }
       cross(b, __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[2], x[3], 0x5410));
-#pragma unroll
-      for (int k = 0; k < kBatch; k++) mma<T>(sums[k], c[k][0], c[k][1], c[k][2], c[k][3], b[0], b[1]);
-      if (!scaled) continue;
-      cross(b, __byte_perm(x[0], x[1], 0x7632), __byte_perm(x[2], x[3], 0x7632));
 #pragma unroll
       for (int k = 0; k < kBatch; k++) mma<T>(sums[k], c[k][0], c[k][1], c[k][2], c[k][3], b[0], b[1]);
     }

@@ -24,8 +24,18 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
   const int first_tile = job.column_begin / kTileColumns;
   ListReader<kRing, kAhead> reader(layer, job);
 
+  const Inputs<T> inputs(layer, tokens, job);
+  const int pairs = (job.column_end - job.column_begin + 1) / 2;
+  constexpr int kPairs = kTiles * kTileColumns / 2 / kThreads;  // of columns, per thread
+  float2 factors[kPairs];
+#pragma unroll
+  for (int i = 0; i < kPairs; i++) {
+    const int pair = min(int(threadIdx.x) + i * kThreads, pairs - 1);
+    factors[i] = make_float2(1.f, 1.f);
+    if (inputs.paired && inputs.has_scale)
+      factors[i] = load_ahead(reinterpret_cast<const float2*>(inputs.scale + job.column_begin) + pair);
+  }
   wait_for_previous();
-  const Inputs<T> inputs(layer, tokens, job, 8 * Octets);
   auto store_pairs = [&](int octet, int pair, const unsigned (&v)[8]) {
     uint4* to = tile + octet * kPlaneRows + 2 * pair + 2 * pair / kTileColumns * 8;
     to[0] = make_uint4(__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[2], v[3], 0x5410),
@@ -33,19 +43,14 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
     to[1] = make_uint4(__byte_perm(v[0], v[1], 0x7632), __byte_perm(v[2], v[3], 0x7632),
                        __byte_perm(v[4], v[5], 0x7632), __byte_perm(v[6], v[7], 0x7632));
   };
-  const int pairs = (job.column_end - job.column_begin + 1) / 2;
   if (inputs.paired) {
-    constexpr int kPairs = kTiles * kTileColumns / 2 / kThreads;  // of columns, per thread: all loads before all stores
-    unsigned v[kPairs * Octets][8];
-    float2 factors[kPairs];
+    unsigned v[kPairs * Octets][8];  // all loads before all stores
 #pragma unroll
     for (int i = 0; i < kPairs * Octets; i++) {
       const int pair = threadIdx.x + i % kPairs * kThreads, column = job.column_begin + 2 * pair;
-      if (i < kPairs && inputs.has_scale && pair < pairs)
-        factors[i] = make_float2(__ldg(inputs.scale + column), __ldg(inputs.scale + column + 1));
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        const int slot = i / kPairs * 8 + j, token = inputs.token(slot);
+        const int token = i / kPairs * 8 + j;
         v[i][j] = 0;
         if (pair < pairs && token < tokens.count) v[i][j] = __ldg(inputs.pairs(token, column));
       }
@@ -54,7 +59,7 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
     for (int i = 0; i < kPairs * Octets; i++) {
       if (inputs.has_scale) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) v[i][j] = inputs.scaled(i / kPairs * 8 + j, v[i][j], factors[i % kPairs]);
+        for (int j = 0; j < 8; j++) v[i][j] = scaled<T>(v[i][j], factors[i % kPairs]);
       }
       store_pairs(i / kPairs, threadIdx.x + i % kPairs * kThreads, v[i]);
     }
@@ -116,13 +121,8 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
 #pragma unroll
           for (int r = 0; r < 4; r++) sums[k][o][h][r] = 0.f;
       }
-      if (Octets == 1 && inputs.half) {
-        sum.x += __shfl_down_sync(kAllLanes, sum.x, 16);
-        sum.y += __shfl_down_sync(kAllLanes, sum.y, 16);
-      }
       const int token = o * 8 + group;
-      const bool kept = token < tokens.count && !(inputs.half && token >= inputs.half);
-      if (kept) *reinterpret_cast<float2*>(workspace + token * stride + output) = sum;
+      if (token < tokens.count) *reinterpret_cast<float2*>(workspace + token * stride + output) = sum;
     }
   };
   reader.walk(job, multiply_block, store_row);

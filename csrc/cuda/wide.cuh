@@ -65,13 +65,13 @@ __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job
   }
 }
 
-// Fetches, scales and gathers activations, a tile ahead of storing them. For few tokens: a kernel of its own, that
+// Fetches, scales and gathers activations, some tiles ahead of storing them. For few tokens: a kernel of its own, that
 // others leave it to (prepare.cu), takes longer.
 template <typename T, int N>
 __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
                                         unsigned& done, char* stages) {
   using Tile = Shape<N>;
-  const Inputs<T> inputs(layer, tokens, job, N == 8 ? 8 : 0);
+  const Inputs<T> inputs(layer, tokens, job);
   const int thread = threadIdx.x - kConsumers;
   constexpr int kAcross = Tile::kColumns / 8;
   const int piece = thread % kAcross, first_slot = thread / kAcross;
@@ -79,22 +79,22 @@ __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens
       !inputs.has_list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
   if (aligned && !inputs.has_scale) return copy_activations<T, N>(tokens, job, ring, done, stages);
 
-  uint4 raw[Tile::kPieces];
-  float4 scales[2];
-  auto fetch = [&](int column) {
+  constexpr int kDeep = 4;  // tiles under way
+  uint4 raw[kDeep][Tile::kPieces];
+  float4 scales[kDeep][2];
+  auto fetch = [&](int d, int column) {
     const bool whole = aligned && column + 8 <= job.column_end;
     if (inputs.has_scale && whole) {
-      scales[0] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column));
-      scales[1] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column) + 1);
+      scales[d][0] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column));
+      scales[d][1] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column) + 1);
     }
 #pragma unroll
     for (int i = 0; i < Tile::kPieces; i++) {
       const int slot = first_slot + i * (kProducers / kAcross);
-      const int token = inputs.half && slot >= inputs.half ? slot - inputs.half : slot;
-      raw[i] = make_uint4(0, 0, 0, 0);
-      if (token >= tokens.count) continue;
+      raw[d][i] = make_uint4(0, 0, 0, 0);
+      if (slot >= tokens.count) continue;
       if (whole) {
-        raw[i] = __ldg(reinterpret_cast<const uint4*>(inputs.x + token * tokens.row_stride + column));
+        raw[d][i] = __ldg(reinterpret_cast<const uint4*>(inputs.x + slot * tokens.row_stride + column));
         continue;
       }
       T values[8];
@@ -103,46 +103,42 @@ __device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens
         values[e] = Number<T>::narrow(0.f);
         if (column + e < job.column_end) values[e] = inputs(slot, column + e);
       }
-      raw[i] = make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
-                          pack(values[6], values[7]));
+      raw[d][i] = make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
+                             pack(values[6], values[7]));
     }
   };
-  auto scaled = [&](const uint4& from, bool low) {
-    const T* v = reinterpret_cast<const T*>(&from);
-    const float* s = reinterpret_cast<const float*>(scales);
-    T out[8];
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-      const float exact = Number<T>::wide(v[e]) * s[e];
-      out[e] = Number<T>::narrow(exact);
-      if (low) out[e] = Number<T>::narrow(exact - Number<T>::wide(out[e]));
-    }
-    return make_uint4(pack(out[0], out[1]), pack(out[2], out[3]), pack(out[4], out[5]), pack(out[6], out[7]));
+  auto all_scaled = [&](int d, const uint4& v) {
+    const float4 s = scales[d][0], t = scales[d][1];
+    return make_uint4(scaled<T>(v.x, make_float2(s.x, s.y)), scaled<T>(v.y, make_float2(s.z, s.w)),
+                      scaled<T>(v.z, make_float2(t.x, t.y)), scaled<T>(v.w, make_float2(t.z, t.w)));
   };
 
   // As many columns as the consumers walk over: whole granules, zeros behind the end.
   const int end = job.column_begin + (job.column_end - job.column_begin + kGranule - 1) / kGranule * kGranule;
-  int column = job.column_begin + piece * 8;
-  fetch(column);
-  for (int begin = job.column_begin; begin < end; begin += Tile::kColumns, done++) {
-    uint4 now[Tile::kPieces];
-    const bool whole = aligned && column + 8 <= job.column_end;
+  const int first_column = job.column_begin + piece * 8;
+  unrolled<kDeep>([&](auto d) {
+    if (job.column_begin + d * Tile::kColumns < end) fetch(d, first_column + d * Tile::kColumns);
+  });
+  for (int begin = job.column_begin; begin < end; begin += kDeep * Tile::kColumns) {
+    unrolled<kDeep>([&](auto d) {
+      const int tile = begin + d * Tile::kColumns, column = first_column + tile - job.column_begin;
+      if (tile >= end) return;
+      uint4 now[Tile::kPieces];
+      const bool whole = aligned && column + 8 <= job.column_end;
 #pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      now[i] = inputs.has_scale && whole ? scaled(raw[i], inputs.half && slot >= inputs.half) : raw[i];
-    }
-    column += Tile::kColumns;
-    if (begin + Tile::kColumns < end) fetch(column);
-    const int stage = done % Tile::kStages;
-    wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
+      for (int i = 0; i < Tile::kPieces; i++) now[i] = inputs.has_scale && whole ? all_scaled(d, raw[d][i]) : raw[d][i];
+      if (tile + kDeep * Tile::kColumns < end) fetch(d, column + kDeep * Tile::kColumns);
+      const int stage = done % Tile::kStages;
+      wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
 #pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) =
-          now[i];
-    }
-    arrive(shared_address(ring.full + stage));
+      for (int i = 0; i < Tile::kPieces; i++) {
+        const int slot = first_slot + i * (kProducers / kAcross);
+        *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) =
+            now[i];
+      }
+      arrive(shared_address(ring.full + stage));
+      done++;
+    });
   }
 }
 
@@ -288,11 +284,9 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   }
   wgmma_wait<0>();
   release(done - 1);
-  wait_for_previous();                                                // whose sums may lie in this workspace
-  const bool halves = N == 8 && job.scale >= 0 && tokens.count <= 4;  // slots 4 .. 7: what rounding has cut off
+  wait_for_previous();  // whose sums may lie in this workspace
 #pragma unroll
   for (int i = 0; i < N / 2; i++) {
-    if (halves) sums[i] += __shfl_down_sync(kAllLanes, sums[i], 2);
     const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
     if (mine && token < tokens.count)
       workspace[token * stride + job.out + row * 16 + i / 2 % 2 * 8 + lane / 4] = sums[i];
@@ -321,10 +315,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
     __syncthreads();
     if constexpr (N == 8) {
+      __shared__ float dot_shared[8 * kWideThreads / 32];
       if (Kind(job.kind) == Kind::kDot) {
-        wait_for_previous();
-        multiply_dot<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(books));
-        held = -1;
+        multiply_dot<T>(layer, tokens, job, workspace, stride, dot_shared);
         continue;
       }
     }

@@ -37,6 +37,7 @@ from vllm_vptq.layouts.work import (
     Decoding,
     Job,
     Kind,
+    Launch,
     LayerWork,
     LookupLayout,
     Module,
@@ -55,8 +56,8 @@ TOKENS = (8, 16, 32, 64)
 """Most tokens of a call, one entry per variant."""
 SCALED_TOKENS = 8
 """Up to so many, every thread block scales the activations it wants; of more, a kernel does it first, for all."""
-DOT_COLUMNS = 2048
-"""Of a job: for 8 tokens, all loads of a thread are then under way at once."""
+DOT_COLUMNS = 4096
+"""Of a job: all loads of a thread are then under way at once."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def build(
         start += shard.out_features
     packed_segments = [packed for module in parts for packed, _ in module.segments]
     few = few_tokens(packed_segments, gpu)
-    variants = [_few(tokens, parts, gpu.processors) for tokens in TOKENS if tokens <= few]
+    variants = [_few(tokens, parts, gpu) for tokens in TOKENS if tokens <= few]
     used = [pass_ for packed in packed_segments for pass_ in packed.few if few]
     if gpu.tensor_groups and packed_segments:
         variants += [_wide(tokens, parts, gpu.processors) for tokens in TOKENS if tokens > few]
@@ -150,7 +151,15 @@ def few_tokens(segments: Sequence[Packed], gpu: Gpu) -> int:
         return 16
     if all(pass_.kind != Kind.SLICED for packed in segments for pass_ in packed.few):
         return 0
-    return 16 if all(len(packed.few) == len(packed.wide) for packed in segments) else 8
+    return 16 if all(_listed(packed) <= _gathered(packed) for packed in segments) else 8
+
+
+def _listed(packed: Packed) -> int:
+    return sum(pass_.kind == Kind.SLICED for pass_ in packed.few)
+
+
+def _gathered(packed: Packed) -> int:
+    return sum(pass_.kind in (Kind.FAR, Kind.FAR_BYTES) for pass_ in packed.wide)
 
 
 def crossover_class(shards: Sequence[ModuleShard]) -> str:
@@ -199,24 +208,35 @@ class _ModuleParts:
                 ),
                 variant.max_tokens,
                 variant.max_tokens,
-                2000,
+                1500,
                 tile=1500,
             )
             for i, begin in enumerate(begins)
         ]
 
 
-def _few(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Variant:
-    """The variant of calls of up to ``tokens``, 8 or 16, by csrc/cuda/multiply.cu."""
+def _few(tokens: int, modules: Sequence[_ModuleParts], gpu: Gpu) -> Variant:
+    """The variant of calls of up to ``tokens``, 8 or 16, by csrc/cuda/multiply.cu.
+
+    Books beside lists that fit shared memory are looked up in a launch of wide.cuh, where the GPU has it.
+    """
     made = Variant(tokens)
-    units: list[Unit] = []
-    for jobs, dots in _jobs(
-        made, modules, [[(p, at) for packed, at in m.segments for p in packed.few] for m in modules]
-    ):
-        for pass_, job in jobs:
-            units += _units(pass_, job, made, processors)
-        units += dots
-    made.jobs = work.cut(units, processors)
+    own = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.few] for m in modules])
+    flat = [both for jobs, _ in own for both in jobs]
+    listed = [pass_.kind == Kind.SLICED for pass_, _ in flat]
+    if not (gpu.tensor_groups and any(listed)):
+        listed = [True] * len(flat)
+    units = [unit for _, dots in own for unit in dots]
+    for (pass_, job), here in zip(flat, listed, strict=True):
+        if here:
+            units += _units(pass_, job, made, gpu.processors)
+    made.launches.append(Launch(work.cut(units, gpu.processors)))
+    if not all(listed):
+        apart = [both for both, here in zip(flat, listed, strict=True) if not here]
+        wide.cut(made, [apart], [], gpu.processors)
+    # The parts of a module follow each other.
+    made_as = sorted(range(len(flat)), key=lambda i: not listed[i])
+    made.parts = [part for _, part in sorted(zip(made_as, made.parts, strict=True), key=lambda both: both[0])]
     return made
 
 

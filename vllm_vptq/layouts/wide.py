@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from vllm_vptq.layouts import work
 from vllm_vptq.layouts.passes import Pass
-from vllm_vptq.layouts.work import ABSENT, Job, Kind, Part, Unit, Variant
+from vllm_vptq.layouts.work import ABSENT, Job, Kind, Launch, Part, Unit, Variant
 
 TILES = 12
 """Of 16 outputs: one a warp."""
@@ -30,17 +30,18 @@ class Strip:
 
 
 def cut(made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Sequence[Unit], processors: int) -> None:
-    """Adds jobs and parts to a variant: of each module's passes, with jobs over all of them, and of dot products.
+    """Adds a launch and parts to a variant: of each module's passes, with jobs over all of them, and of dot products.
 
-    Its parts are those of the passes, in their order.
+    The parts are those of the passes, in their order.
     """
     tokens = made.max_tokens
     strips: list[Strip] = []
     units: list[Unit] = []
     flat = [both for module in passes for both in module]
     kinds = {pass_.kind for pass_, _ in flat}
-    made.wide = int(kinds.pop() if len(kinds) == 1 else Kind.DOT)
-    for part, (pass_, job) in enumerate(flat):
+    launch = Launch(wide=int(kinds.pop() if len(kinds) == 1 else Kind.DOT))
+    made.launches.append(launch)
+    for part, (pass_, job) in enumerate(flat, len(made.parts)):
         for begin in range(0, pass_.tiles, TILES):
             strips.append(Strip(pass_, part, begin))
             units.append(_unit(pass_, job, tokens))
@@ -66,7 +67,7 @@ def cut(made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Seque
                 )
             )
             seen[u] += 1
-        made.jobs.append(jobs)
+        launch.jobs.append(jobs)
     assert seen == splits
 
 
@@ -79,7 +80,7 @@ def _place_sums(
         for u, _, _ in block:
             if u < len(strips):
                 splits[u] += 1
-    for part, pass_ in enumerate(passes):
+    for part, pass_ in enumerate(passes, len(made.parts)):
         counts = [n for strip, n in zip(strips, splits, strict=True) if strip.part == part]
         stride = pass_.tiles * 16
         at = made.reserve(max(counts) * stride)
