@@ -33,7 +33,7 @@ struct Plan {
   };
   struct Variant {  // for calls of up to max_tokens; floats of workspace per token; places in `work`
     int64_t max_tokens, stride, modules_at, parts_at;
-    int64_t preparations_at, chunks, prepared_columns;  // chunks of prepare.cu; elements of a token's prepared row
+    int64_t preparations_at, preparations, prepared_columns;  // elements of a token's prepared row
     std::vector<Launching> launches;
     std::vector<Module> modules;
     std::vector<Part> parts;
@@ -55,8 +55,8 @@ struct Plan {
     variants.resize(take());
     const int64_t modules = take();
     for (auto& v : variants) {
-      for (int64_t* field :
-           {&v.max_tokens, &v.stride, &v.modules_at, &v.parts_at, &v.preparations_at, &v.chunks, &v.prepared_columns})
+      for (int64_t* field : {&v.max_tokens, &v.stride, &v.modules_at, &v.parts_at, &v.preparations_at, &v.preparations,
+                             &v.prepared_columns})
         *field = take();
       v.launches.resize(take());
       for (auto& l : v.launches) l = {take(), take(), take(), take()};
@@ -118,9 +118,9 @@ struct Call {
       const Tokens part{static_cast<const char*>(x.const_data_ptr()) + first * x.size(1) * size, x.size(1), count};
       const Tensor room = at::empty({count * v.prepared_columns}, x.options());
       const Tokens prepared{room.const_data_ptr(), v.prepared_columns, count};
-      if (v.chunks)
-        C10_CUDA_CHECK(prepare(type, layer, part, reinterpret_cast<const Preparation*>(at(v.preparations_at)), v.chunks,
-                               room.mutable_data_ptr(), v.prepared_columns, sums, v.stride, stream));
+      if (v.preparations)
+        C10_CUDA_CHECK(prepare(type, layer, part, reinterpret_cast<const Preparation*>(at(v.preparations_at)),
+                               v.preparations, room.mutable_data_ptr(), v.prepared_columns, sums, v.stride, stream));
       for (const auto& l : v.launches) {
         const Launch work{reinterpret_cast<const Job*>(at(l.jobs_at)),
                           at(l.starts_at),

@@ -153,7 +153,7 @@ for _op in (pack_sliced, pack_resident):
 # ---------------------------------------------------------------------------------------------------------------
 # Plan
 
-_SIZES = {work.Job: 24, work.Part: 8, work.Module: 9, work.Preparation: 6}
+_SIZES = {work.Job: 24, work.Part: 8, work.Module: 9, work.Preparation: 7}
 
 
 class Plan:
@@ -180,14 +180,11 @@ class Plan:
         self.variants = []
         for _ in range(sizes.variants):
             v = take("max_tokens", "stride", "modules_at", "parts_at")
-            placed = take("preparations_at", "chunks", "prepared_columns")
+            placed = take("preparations_at", "preparations", "prepared_columns")
             v.launches = [take("wide", "jobs_at", "starts_at", "thread_blocks") for _ in range(next(rest))]
             parts = next(rest)
-            v.prepared_columns, v.preparations = placed.prepared_columns, []
-            while sum(p.chunks for p in v.preparations) < placed.chunks:
-                at = placed.preparations_at + len(v.preparations) * _SIZES[work.Preparation]
-                v.preparations += stored(work.Preparation, at, 1)
-            assert sum(p.chunks for p in v.preparations) == placed.chunks
+            v.prepared_columns = placed.prepared_columns
+            v.preparations = stored(work.Preparation, placed.preparations_at, placed.preparations)
             v.modules, v.parts = here(work.Module, sizes.modules), here(work.Part, parts)
             # On the device too, for layers of many modules.
             assert v.modules == stored(work.Module, v.modules_at, sizes.modules)
@@ -242,7 +239,7 @@ def _check_dots(v: SimpleNamespace, dots: list[work.Job]) -> None:
     """All tokens at once, every part of the product once: by jobs, or before them."""
     parts = sorted(m.dot + i for m in v.modules for i in range(m.dots))
     assert len(set(parts)) == len(parts) and all((m.dot == ABSENT) == (m.dots == 0) for m in v.modules)
-    made = [job.out for job in dots] + [p.dot + i for p in v.preparations if p.dot != ABSENT for i in range(p.chunks)]
+    made = [job.out for job in dots] + [p.dot for p in v.preparations if p.dot != ABSENT]
     assert sorted(made) == parts
     assert not dots or v.max_tokens <= 8
     assert all((job.row_begin, job.row_end) == (0, v.max_tokens) for job in dots)

@@ -137,17 +137,17 @@ class Kernels:
     def _prepare(self, v: SimpleNamespace, x: np.ndarray, workspace: Workspace) -> np.ndarray:
         prepared = np.full((len(x), v.prepared_columns), np.nan)
         for p in v.preparations:
-            sources = np.arange(p.columns)
+            assert p.column_begin % PREPARE_COLUMNS == 0 and 0 < p.column_end - p.column_begin <= PREPARE_COLUMNS
+            sources = np.arange(p.column_end)
             if p.column_list != ABSENT:
-                sources = self._take("columns", p.column_list, p.columns)
+                sources = self._take("columns", p.column_list, p.column_end)
+            sources = sources[p.column_begin :]
             if p.at != ABSENT:
-                assert p.at % 8 == 0 and np.isnan(prepared[:, p.at : p.at + p.columns]).all()
-                prepared[:, p.at : p.at + p.columns] = (x * self._norm(p.scale, x.shape[1], 1))[:, sources]
+                assert p.at % 8 == 0 and np.isnan(prepared[:, p.at : p.at + len(sources)]).all()
+                prepared[:, p.at : p.at + len(sources)] = (x * self._norm(p.scale, x.shape[1], 1))[:, sources]
             if p.dot != ABSENT:
                 products = (x * self._norm(p.shift, x.shape[1], 1))[:, sources]
-                for i, begin in enumerate(range(0, p.columns, PREPARE_COLUMNS)):
-                    part = products[:, begin : begin + PREPARE_COLUMNS].sum(1, keepdims=True)
-                    workspace.store(p.dot + i, part)
+                workspace.store(p.dot, products.sum(1, keepdims=True))
         return prepared
 
     # dot.cuh

@@ -30,17 +30,13 @@ __device__ __forceinline__ void multiply_dot(const Layer& layer, const Tokens& t
           if (first + t < tokens.count) sums[t] += Number<T>::wide(x[(first + t) * tokens.row_stride + begin]) * factor;
         continue;
       }
-      float2 factors[kSteps][2];
+      float4 factors[kSteps];
       uint2 values[kSteps][kTokens];
 #pragma unroll
       for (int s = 0; s < kSteps; s++) {
-        const bool there = begin + s * step < job.column_end;
-        const float2* from = reinterpret_cast<const float2*>(shift + begin + s * step);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          factors[s][h] = make_float2(1.f, 1.f);
-          if (has_shift && there) factors[s][h] = load_ahead(from + h);
-        }
+        factors[s] = make_float4(1.f, 1.f, 1.f, 1.f);
+        if (has_shift && begin + s * step < job.column_end)
+          factors[s] = load_ahead(reinterpret_cast<const float4*>(shift + begin + s * step));
       }
       wait_for_previous();
 #pragma unroll
@@ -58,8 +54,8 @@ __device__ __forceinline__ void multiply_dot(const Layer& layer, const Tokens& t
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
           const float2 low = unpack<T>(values[s][t].x), high = unpack<T>(values[s][t].y);
-          const float2 f = factors[s][0], g = factors[s][1];
-          sums[t] += low.x * f.x + low.y * f.y + high.x * g.x + high.y * g.y;
+          const float4 f = factors[s];
+          sums[t] += low.x * f.x + low.y * f.y + high.x * f.z + high.y * f.w;
         }
     }
 #pragma unroll

@@ -69,18 +69,19 @@ struct Module {
 };
 static_assert(sizeof(Module) == 36, "9 int32");
 
-constexpr int kPrepareColumns = 2048;  // of a block of prepare.cu
+constexpr int kPrepareColumns = 2048;  // of a block of prepare.cu, at most
 
-// What is done once to activations that many blocks want: columns gathered and scaled, a norm's dot product.
+// What a block does to activations that many blocks of other kernels want: columns gathered and scaled, a part of a
+// norm's dot product.
 struct Preparation {
-  int scale;        // offset in `norm` of a factor per input, or -1
-  int column_list;  // offset in `columns`, or -1: columns are the input's
-  int columns;
-  int at;     // where they go in a row of prepared activations, a multiple of 8; or -1
-  int shift;  // offset in `norm` of what the dot product is with, or -1 for ones
-  int dot;    // where the dot product of each kPrepareColumns goes in a token's row of the workspace, or -1
+  int scale;                     // offset in `norm` of a factor per input, or -1
+  int column_list;               // offset in `columns`, or -1: columns are the input's
+  int column_begin, column_end;  // begin: a multiple of kPrepareColumns
+  int at;                        // where the first goes in a row of prepared activations, a multiple of 8; or -1
+  int shift;                     // offset in `norm` of what the dot product is with, or -1 for ones
+  int dot;                       // where the dot product goes in a token's row of the workspace, or -1
 };
-static_assert(sizeof(Preparation) == 24, "6 int32");
+static_assert(sizeof(Preparation) == 28, "7 int32");
 
 enum class Type : int { kHalf = 0, kBfloat16 = 1 };
 
@@ -118,9 +119,8 @@ cudaError_t multiply_wide_bfloat16(Kind only, const Layer&, const Tokens&, const
                                    const Launch&);
 cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Launch&);
 
-// Activations [tokens, prepared_stride] for the products above, and dot products into the workspace; `chunks` is how
-// many times kPrepareColumns the records have, each rounded up.
-cudaError_t prepare(Type type, const Layer&, const Tokens&, const Preparation* records, int chunks, void* prepared,
+// Activations [tokens, prepared_stride] for the products above, and dot products into the workspace.
+cudaError_t prepare(Type type, const Layer&, const Tokens&, const Preparation* records, int count, void* prepared,
                     int64_t prepared_stride, float* workspace, int64_t stride, cudaStream_t);
 
 // y [tokens, out_features] of the sums: splits added in order, norm and bias applied, rounded once. The records are

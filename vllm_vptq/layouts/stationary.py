@@ -56,8 +56,8 @@ TOKENS = (8, 16, 32, 64)
 """Most tokens of a call, one entry per variant."""
 SCALED_TOKENS = 8
 """Up to so many, every thread block scales the activations it wants; of more, a kernel does it first, for all."""
-DOT_COLUMNS = 4096
-"""Of a job: all loads of a thread are then under way at once."""
+DOT_COLUMNS = 8192
+"""Of a job, at most."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class _ModuleParts:
                 ),
                 variant.max_tokens,
                 variant.max_tokens,
-                1500,
-                tile=1500,
+                1000,
+                tile=1500 + (min(columns, begin + DOT_COLUMNS) - begin) / 4,
             )
             for i, begin in enumerate(begins)
         ]
@@ -283,7 +283,7 @@ def _prepare(
             return job
         if key not in places:
             places[key] = made.prepared_columns
-            made.preparations.append(Preparation(*key, columns, at=places[key]))
+            made.preparations.append(Preparation(*key, 0, columns, at=places[key]))
             made.prepared_columns += -(-columns // 8) * 8
         return replace(job, scale=ABSENT, column_list=ABSENT, source=places[key])
 
@@ -294,9 +294,9 @@ def _prepare(
         return own
     whole = next((p for p in made.preparations[first:] if p.column_list == ABSENT), None)
     if whole is None:
-        whole = Preparation(ABSENT, ABSENT, columns)
+        whole = Preparation(ABSENT, ABSENT, 0, columns)
         made.preparations.append(whole)
-    assert whole.columns == columns
+    assert whole.column_end == columns
     whole.shift = place.column_shift
     whole.dot = record.dot = made.reserve(whole.chunks)
     record.dots = whole.chunks

@@ -96,11 +96,12 @@ PREPARE_COLUMNS = 2048
 
 @dataclass
 class Preparation(Record):
-    """What is done once to activations that many thread blocks want: ``vptq::Preparation``."""
+    """What is done once to activations that many thread blocks want: ``vptq::Preparation``, of all columns at first."""
 
     scale: int
     column_list: int
-    columns: int
+    column_begin: int
+    column_end: int
     at: int = ABSENT
     shift: int = ABSENT
     dot: int = ABSENT
@@ -108,7 +109,20 @@ class Preparation(Record):
     @property
     def chunks(self) -> int:
         """Thread blocks a token, each of which leaves a part of the dot product."""
-        return -(-self.columns // PREPARE_COLUMNS)
+        return -(-self.column_end // PREPARE_COLUMNS)
+
+    def cut(self) -> list[Preparation]:
+        """Those of each thread block."""
+        return [
+            replace(
+                self,
+                column_begin=begin,
+                column_end=min(self.column_end, begin + PREPARE_COLUMNS),
+                at=ABSENT if self.at == ABSENT else self.at + begin,
+                dot=ABSENT if self.dot == ABSENT else self.dot + i,
+            )
+            for i, begin in enumerate(range(0, self.column_end, PREPARE_COLUMNS))
+        ]
 
 
 @dataclass
@@ -212,8 +226,9 @@ class LayerWork:
         plan += [len(self.variants), len(self.variants[0].modules)]
         for v in self.variants:
             parts = [part if part.counts == ABSENT else self._with_counts(part, v, words) for part in v.parts]
-            plan += [v.max_tokens, v.stride, store(v.modules), store(parts), store(v.preparations)]
-            plan += [sum(p.chunks for p in v.preparations), v.prepared_columns, len(v.launches)]
+            prepared = [piece for whole in v.preparations for piece in whole.cut()]
+            plan += [v.max_tokens, v.stride, store(v.modules), store(parts)]
+            plan += [store(prepared), len(prepared), v.prepared_columns, len(v.launches)]
             for launch in v.launches:
                 jobs = store([job for thread_block in launch.jobs for job in thread_block])
                 starts = len(words)
