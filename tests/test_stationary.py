@@ -118,11 +118,10 @@ class Kernels:
                 if job.source != ABSENT:
                     acts = prepared[:, job.source + job.column_begin : job.source + job.column_end].T
                 else:
-                    # wide.cuh copies activations of more than 8 tokens as they are, 16 bytes at a time.
-                    assert v.max_tokens == 8 or job.scale == job.column_list == ABSENT
-                    assert v.max_tokens == 8 or x.shape[1] % 8 == 0
+                    assert job.column_list == ABSENT and x.shape[1] % 8 == 0
+                    assert v.max_tokens == 8 or job.scale == ABSENT
                     scaled = x * self._norm(job.scale, x.shape[1], 1)
-                    acts = scaled[:, self._sources(job)[job.column_begin :]].T
+                    acts = scaled[:, job.column_begin : job.column_end].T
                 if wide != ABSENT:
                     assert job.kind == wide or wide == Kind.DOT
                     self._wide(job, acts, shared, workspace)

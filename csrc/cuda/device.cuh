@@ -43,6 +43,13 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(unsigned pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
+// A pair of activations times a norm's factors, rounded once.
+template <typename T>
+__device__ __forceinline__ unsigned scaled(unsigned pair, float2 factors) {
+  const float2 v = unpack<T>(pair);
+  return pack(Number<T>::narrow(v.x * factors.x), Number<T>::narrow(v.y * factors.y));
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -163,7 +170,7 @@ __device__ __forceinline__ float load_ahead(const float* p) {
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(r) : "l"(p));
   return r;
 }
-__device__ __forceinline__ int load_ahead(const int* p) {
+__device__ __forceinline__ int load_ahead(const int32_t* p) {
   int r;
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(r) : "l"(p));
   return r;

@@ -25,7 +25,7 @@ enum class Kind : int {
 struct Job {
   int kind;
   int scale;                     // of the module's column norm: offset in `norm`, or -1
-  int column_list;               // offset in `columns` of the segment's column list, or -1 if it covers the input
+  int column_list;               // compact: offset in `columns` of the segment's column list, or -1 if it covers all
   int column_begin, column_end;  // within the segment
   int row_begin, row_end;        // vector rows; 16 outputs for kinds with codes; dot: tokens
   int codes;                     // offset in `codes` (int32) of the segment's first row
@@ -42,7 +42,7 @@ struct Job {
   int index_bits, res_bits;
   int shift;   // dot: offset in `norm` of what to multiply by, or -1 for ones
   int width;   // far: 16 outputs are two planes of a vector row; or 8, and they are one of two vector rows
-  int source;  // where its columns begin in a row of prepared activations, or -1 if it takes them as they are
+  int source;  // where its columns begin in a row of prepared activations, or -1 if it takes them as they are in x
 };
 static_assert(sizeof(Job) == 96, "24 int32");
 

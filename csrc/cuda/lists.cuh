@@ -4,7 +4,8 @@
 // columns (pack_sliced.cu); the order within a list is free, since a sum does not care.
 #pragma once
 
-#include "inputs.cuh"
+#include "device.cuh"
+#include "kernels.h"
 
 namespace vptq {
 

@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
   let_next_start();
   const Preparation record = records[blockIdx.x];
   const int column = record.column_begin + int(threadIdx.x) * kEach, token = blockIdx.y;
-  // (Flags rather than null: see inputs.cuh.)
+  // (Flags rather than null: for `if (pointer)` after a choice between null and an offset, ptxas 13.0 let the
+  // comparison read the register before the zero was in it, and lists were read that are not there.)
   const bool has_scale = record.scale >= 0, has_list = record.column_list >= 0;
   const bool has_dot = record.dot >= 0, has_shift = has_dot && record.shift >= 0;
   const bool whole = !has_list && tokens.row_stride % kEach == 0 && column + kEach <= record.column_end;

@@ -62,21 +62,18 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
   if (threadIdx.x == 0) copy.begin(shared, static_cast<const uint4*>(layer.books) + job.book, job);
   ListReader<kRing, kAhead, kBatch> reader(layer, job);
 
-  const Inputs<T> inputs(layer, tokens, job);
   constexpr int kShare = kSpanTiles * kTileColumns / kThreads;
-  int sources[kShare];
+  // Of columns behind the end, which are in no list, the last one's.
+  auto column_of = [&](int i) { return min(job.column_begin + int(threadIdx.x) + i * kThreads, job.column_end - 1); };
   float factors[kShare];
 #pragma unroll
-  for (int i = 0; i < kShare; i++) {  // those behind the end are in no list
-    sources[i] = min(job.column_begin + int(threadIdx.x) + i * kThreads, job.column_end - 1);
-    if (inputs.has_list) sources[i] = load_ahead(inputs.list + sources[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < kShare; i++) factors[i] = inputs.has_scale ? load_ahead(inputs.scale + sources[i]) : 1.f;
+  for (int i = 0; i < kShare; i++)
+    factors[i] = job.scale >= 0 ? load_ahead(layer.norm + job.scale + column_of(i)) : 1.f;
   wait_for_previous();
+  const T* x = static_cast<const T*>(tokens.x);
   T values[kShare];
 #pragma unroll
-  for (int i = 0; i < kShare; i++) values[i] = inputs.x[sources[i]];  // all loads before anything is done with one
+  for (int i = 0; i < kShare; i++) values[i] = x[column_of(i)];  // all loads before anything is done with one
 #pragma unroll
   for (int i = 0; i < kShare; i++) {
     const int column = threadIdx.x + i * kThreads;

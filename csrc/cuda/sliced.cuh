@@ -24,54 +24,43 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
   const int first_tile = job.column_begin / kTileColumns;
   ListReader<kRing, kAhead> reader(layer, job);
 
-  const Inputs<T> inputs(layer, tokens, job);
   const int pairs = (job.column_end - job.column_begin + 1) / 2;
   constexpr int kPairs = kTiles * kTileColumns / 2 / kThreads;  // of columns, per thread
+  const bool has_scale = Octets == 1 && job.scale >= 0;
   float2 factors[kPairs];
 #pragma unroll
   for (int i = 0; i < kPairs; i++) {
     const int pair = min(int(threadIdx.x) + i * kThreads, pairs - 1);
     factors[i] = make_float2(1.f, 1.f);
-    if (inputs.paired && inputs.has_scale)
-      factors[i] = load_ahead(reinterpret_cast<const float2*>(inputs.scale + job.column_begin) + pair);
+    if (has_scale)
+      factors[i] = load_ahead(reinterpret_cast<const float2*>(layer.norm + job.scale + job.column_begin) + pair);
   }
   wait_for_previous();
-  auto store_pairs = [&](int octet, int pair, const unsigned (&v)[8]) {
-    uint4* to = tile + octet * kPlaneRows + 2 * pair + 2 * pair / kTileColumns * 8;
-    to[0] = make_uint4(__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[2], v[3], 0x5410),
-                       __byte_perm(v[4], v[5], 0x5410), __byte_perm(v[6], v[7], 0x5410));
-    to[1] = make_uint4(__byte_perm(v[0], v[1], 0x7632), __byte_perm(v[2], v[3], 0x7632),
-                       __byte_perm(v[4], v[5], 0x7632), __byte_perm(v[6], v[7], 0x7632));
-  };
-  if (inputs.paired) {
-    unsigned v[kPairs * Octets][8];  // all loads before all stores
+  unsigned v[kPairs * Octets][8];  // all loads before all stores
 #pragma unroll
-    for (int i = 0; i < kPairs * Octets; i++) {
-      const int pair = threadIdx.x + i % kPairs * kThreads, column = job.column_begin + 2 * pair;
+  for (int i = 0; i < kPairs * Octets; i++) {
+    const int pair = threadIdx.x + i % kPairs * kThreads;
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
-        const int token = i / kPairs * 8 + j;
-        v[i][j] = 0;
-        if (pair < pairs && token < tokens.count) v[i][j] = __ldg(inputs.pairs(token, column));
-      }
+    for (int j = 0; j < 8; j++) {
+      const int token = i / kPairs * 8 + j;
+      const T* from = static_cast<const T*>(tokens.x) + token * tokens.row_stride + job.column_begin;
+      v[i][j] = 0;
+      if (pair < pairs && token < tokens.count) v[i][j] = __ldg(reinterpret_cast<const unsigned*>(from) + pair);
     }
+  }
 #pragma unroll
-    for (int i = 0; i < kPairs * Octets; i++) {
-      if (inputs.has_scale) {
+  for (int i = 0; i < kPairs * Octets; i++) {
+    if (has_scale) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) v[i][j] = scaled<T>(v[i][j], factors[i % kPairs]);
-      }
-      store_pairs(i / kPairs, threadIdx.x + i % kPairs * kThreads, v[i]);
+      for (int j = 0; j < 8; j++) v[i][j] = scaled<T>(v[i][j], factors[i % kPairs]);
     }
-  } else {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < pairs * Octets; i += kThreads) {
-      const int octet = i / pairs, pair = i % pairs;
-      unsigned v[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) v[j] = inputs.pair(octet * 8 + j, job.column_begin + 2 * pair, job.column_end);
-      store_pairs(octet, pair, v);
-    }
+    const int pair = threadIdx.x + i % kPairs * kThreads;
+    uint4* to = tile + i / kPairs * kPlaneRows + 2 * pair + 2 * pair / kTileColumns * 8;
+    const auto& w = v[i];
+    to[0] = make_uint4(__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410),
+                       __byte_perm(w[4], w[5], 0x5410), __byte_perm(w[6], w[7], 0x5410));
+    to[1] = make_uint4(__byte_perm(w[0], w[1], 0x7632), __byte_perm(w[2], w[3], 0x7632),
+                       __byte_perm(w[4], w[5], 0x7632), __byte_perm(w[6], w[7], 0x7632));
   }
   if (threadIdx.x < kTiles * Octets) tile[threadIdx.x * kTileRows + kTileColumns] = make_uint4(0, 0, 0, 0);
   __syncthreads();

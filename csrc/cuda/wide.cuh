@@ -65,79 +65,51 @@ __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job
   }
 }
 
-// Fetches, scales and gathers activations, some tiles ahead of storing them. For few tokens: a kernel of its own, that
-// others leave it to (prepare.cu), takes longer.
+// Fetches and scales activations, some tiles ahead of storing them.
 template <typename T, int N>
-__device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
-                                        unsigned& done, char* stages) {
+__device__ __forceinline__ void scale_activations(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
+                                                  unsigned& done, char* stages) {
   using Tile = Shape<N>;
-  const Inputs<T> inputs(layer, tokens, job);
-  const int thread = threadIdx.x - kConsumers;
+  constexpr int kDeep = 3;  // tiles under way
   constexpr int kAcross = Tile::kColumns / 8;
-  const int piece = thread % kAcross, first_slot = thread / kAcross;
-  const bool aligned =
-      !inputs.has_list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
-  if (aligned && !inputs.has_scale) return copy_activations<T, N>(tokens, job, ring, done, stages);
-
-  constexpr int kDeep = 4;  // tiles under way
+  const int thread = threadIdx.x - kConsumers, piece = thread % kAcross, first_slot = thread / kAcross;
+  const T* x = static_cast<const T*>(tokens.x);
   uint4 raw[kDeep][Tile::kPieces];
   float4 scales[kDeep][2];
   auto fetch = [&](int d, int column) {
-    const bool whole = aligned && column + 8 <= job.column_end;
-    if (inputs.has_scale && whole) {
-      scales[d][0] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column));
-      scales[d][1] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column) + 1);
-    }
+    if (column >= job.column_end) return;
+    const float4* from = reinterpret_cast<const float4*>(layer.norm + job.scale + column);
+#pragma unroll
+    for (int h = 0; h < 2; h++) scales[d][h] = __ldg(from + h);
 #pragma unroll
     for (int i = 0; i < Tile::kPieces; i++) {
       const int slot = first_slot + i * (kProducers / kAcross);
-      raw[d][i] = make_uint4(0, 0, 0, 0);
-      if (slot >= tokens.count) continue;
-      if (whole) {
-        raw[d][i] = __ldg(reinterpret_cast<const uint4*>(inputs.x + slot * tokens.row_stride + column));
-        continue;
-      }
-      T values[8];
-#pragma unroll
-      for (int e = 0; e < 8; e++) {
-        values[e] = Number<T>::narrow(0.f);
-        if (column + e < job.column_end) values[e] = inputs(slot, column + e);
-      }
-      raw[d][i] = make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
-                             pack(values[6], values[7]));
+      if (slot < tokens.count) raw[d][i] = __ldg(reinterpret_cast<const uint4*>(x + slot * tokens.row_stride + column));
     }
   };
-  auto all_scaled = [&](int d, const uint4& v) {
-    const float4 s = scales[d][0], t = scales[d][1];
-    return make_uint4(scaled<T>(v.x, make_float2(s.x, s.y)), scaled<T>(v.y, make_float2(s.z, s.w)),
-                      scaled<T>(v.z, make_float2(t.x, t.y)), scaled<T>(v.w, make_float2(t.z, t.w)));
-  };
-
   // As many columns as the consumers walk over: whole granules, zeros behind the end.
   const int end = job.column_begin + (job.column_end - job.column_begin + kGranule - 1) / kGranule * kGranule;
-  const int first_column = job.column_begin + piece * 8;
-  unrolled<kDeep>([&](auto d) {
-    if (job.column_begin + d * Tile::kColumns < end) fetch(d, first_column + d * Tile::kColumns);
-  });
+  int column = job.column_begin + piece * 8;
+  unrolled<kDeep>([&](auto d) { fetch(d, column + d * Tile::kColumns); });
   for (int begin = job.column_begin; begin < end; begin += kDeep * Tile::kColumns) {
     unrolled<kDeep>([&](auto d) {
-      const int tile = begin + d * Tile::kColumns, column = first_column + tile - job.column_begin;
-      if (tile >= end) return;
-      uint4 now[Tile::kPieces];
-      const bool whole = aligned && column + 8 <= job.column_end;
-#pragma unroll
-      for (int i = 0; i < Tile::kPieces; i++) now[i] = inputs.has_scale && whole ? all_scaled(d, raw[d][i]) : raw[d][i];
-      if (tile + kDeep * Tile::kColumns < end) fetch(d, column + kDeep * Tile::kColumns);
+      if (begin + d * Tile::kColumns >= end) return;
       const int stage = done % Tile::kStages;
       wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
+      const float4 s = scales[d][0], t = scales[d][1];
 #pragma unroll
       for (int i = 0; i < Tile::kPieces; i++) {
         const int slot = first_slot + i * (kProducers / kAcross);
-        *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) =
-            now[i];
+        uint4 v = raw[d][i];
+        v = make_uint4(scaled<T>(v.x, make_float2(s.x, s.y)), scaled<T>(v.y, make_float2(s.z, s.w)),
+                       scaled<T>(v.z, make_float2(t.x, t.y)), scaled<T>(v.w, make_float2(t.z, t.w)));
+        if (slot >= tokens.count || column >= job.column_end) v = make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) = v;
       }
+      fetch(d, column + kDeep * Tile::kColumns);
       arrive(shared_address(ring.full + stage));
       done++;
+      column += Tile::kColumns;
     });
   }
 }
@@ -342,14 +314,14 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     }
     if (threadIdx.x >= kConsumers) {
       wait_for_previous();
-      if (job.source >= 0) {
-        const Tokens own{static_cast<const T*>(prepared.x) + job.source, prepared.row_stride, tokens.count};
-        copy_activations<T, N>(own, job, ring, done, wide_shared);
-      } else if constexpr (N == 8) {
-        produce<T, N>(layer, tokens, job, ring, done, wide_shared);
-      } else {
-        copy_activations<T, N>(tokens, job, ring, done, wide_shared);
+      const T* from = static_cast<const T*>(prepared.x) + job.source;
+      const Tokens own = job.source < 0 ? tokens : Tokens{from, prepared.row_stride, tokens.count};
+      bool copied = true;
+      if constexpr (N == 8) {
+        copied = job.scale < 0;
+        if (!copied) scale_activations<T, N>(layer, own, job, ring, done, wide_shared);
       }
+      if (copied) copy_activations<T, N>(own, job, ring, done, wide_shared);
       continue;
     }
     const uint32_t stages = shared_address(wide_shared);

@@ -55,7 +55,8 @@ WARP_COLUMNS = 256
 TOKENS = (8, 16, 32, 64)
 """Most tokens of a call, one entry per variant."""
 SCALED_TOKENS = 8
-"""Up to so many, every thread block scales the activations it wants; of more, a kernel does it first, for all."""
+"""Up to so many, every thread block scales the activations it wants; of more, a kernel does it first, for all. That
+also gathers what a column list names, and pads what cannot be loaded 16 bytes at a time."""
 DOT_COLUMNS = 8192
 """Of a job, at most."""
 
@@ -259,7 +260,8 @@ def _jobs(
     for module, own in zip(modules, passes, strict=True):
         jobs, dots = [(pass_, pass_.job(module.place, at)) for pass_, at in own], []
         record = module.record(first, len(jobs))
-        if made.max_tokens > SCALED_TOKENS:
+        simple = all(_as_in_memory(pass_, job) for pass_, job in jobs)
+        if made.max_tokens > SCALED_TOKENS or not simple:
             jobs = _prepare(made, record, module, jobs)
         else:
             dots = module.dot_units(record, made)
@@ -267,6 +269,11 @@ def _jobs(
         made.modules.append(record)
         found.append((jobs, dots))
     return found
+
+
+def _as_in_memory(pass_: Pass, job: Job) -> bool:
+    """Whether a pass takes its columns as they lie in the input, where it can load them 16 bytes at a time."""
+    return job.column_list == ABSENT and pass_.segment.num_columns % 8 == 0
 
 
 def _prepare(
@@ -278,8 +285,7 @@ def _prepare(
     def prepared(pass_: Pass, job: Job) -> Job:
         columns = pass_.segment.num_columns
         key = (job.scale, job.column_list)
-        # As they are, activations are copied 16 bytes at a time.
-        if key == (ABSENT, ABSENT) and columns % 8 == 0:
+        if job.scale == ABSENT and _as_in_memory(pass_, job):
             return job
         if key not in places:
             places[key] = made.prepared_columns
