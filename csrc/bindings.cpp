@@ -276,17 +276,17 @@ Stream stream_of(const Tensor& words, int64_t columns, int64_t bits, int64_t shi
 
 // Both take words [rows, row_words] that are followed in memory by at least one more word.
 std::tuple<Tensor, Tensor> pack_sliced(const Tensor& words, int64_t columns, int64_t bits, int64_t shift, int64_t width,
-                                       int64_t slices, int64_t tiles) {
+                                       int64_t slice_bits, int64_t slices, int64_t tiles) {
   const c10::cuda::CUDAGuard guard(words.device());
   const cudaStream_t cuda_stream = c10::cuda::getCurrentCUDAStream();
   const Stream stream = stream_of(words, columns, bits, shift, width);
   Tensor counts = at::empty({slices * words.size(0) * tiles}, words.options());
-  C10_CUDA_CHECK(count_entries(stream, slices, tiles, counts.mutable_data_ptr<int32_t>(), cuda_stream));
+  C10_CUDA_CHECK(count_entries(stream, slice_bits, slices, tiles, counts.mutable_data_ptr<int32_t>(), cuda_stream));
   Tensor offsets = at::zeros({counts.size(0) + 1}, words.options());
   offsets.narrow(0, 1, counts.size(0)).copy_(((counts + 31).bitwise_right_shift(5)).cumsum(0));
   Tensor lists = at::empty({offsets[-1].item<int64_t>() * 32}, words.options());
-  C10_CUDA_CHECK(fill_lists(stream, slices, tiles, offsets.const_data_ptr<int32_t>(), lists.mutable_data_ptr<int32_t>(),
-                            cuda_stream));
+  C10_CUDA_CHECK(fill_lists(stream, slice_bits, slices, tiles, offsets.const_data_ptr<int32_t>(),
+                            lists.mutable_data_ptr<int32_t>(), cuda_stream));
   return {lists, offsets};
 }
 

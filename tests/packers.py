@@ -21,7 +21,7 @@ from vllm_vptq.layouts.work import ABSENT, Kind
 WARPS, WARP_COLUMNS, SHARED_BYTES = 16, 256, 227 * 1024
 OWN_SHARED_BYTES = 1024
 """At most, of what a block has, for the job, barriers and alignment."""
-SLICE_BITS, SLICE_ROWS = 13, 8192
+SLICE_ROWS = 8192
 TILE_COLUMNS, TILE_ROWS, SPAN_TILES = 2048, 2056, 2
 STEPS = {Kind.BYTES: 16, Kind.BYTE_PAIRS: 8, Kind.SHORTS: 8, Kind.FAR: 8, Kind.FAR_BYTES: 8}
 """Of 16 columns, whose codes for 16 outputs a warp loads at once: 16 bytes a lane."""
@@ -52,13 +52,13 @@ def stream(words: Tensor, columns: int, bits: int, shift: int, width: int) -> np
 
 
 def pack_sliced(
-    words: Tensor, columns: int, bits: int, shift: int, width: int, slices: int, tiles: int
+    words: Tensor, columns: int, bits: int, shift: int, width: int, slice_bits: int, slices: int, tiles: int
 ) -> tuple[Tensor, Tensor]:
     """Lists ``[slices, rows, tiles]`` of entries, and where each begins, in groups of 32 entries."""
     index, rows = stream(words, columns, bits, shift, width), words.shape[0]
     row, column = (a.reshape(-1) for a in np.indices(index.shape))
     index = index.reshape(-1)
-    key = ((index >> SLICE_BITS) * rows + row) * tiles + column // TILE_COLUMNS
+    key = ((index >> slice_bits) * rows + row) * tiles + column // TILE_COLUMNS
     counts = np.bincount(key, minlength=slices * rows * tiles)
     assert len(counts) == slices * rows * tiles, "an index beyond the slices, or a column beyond the tiles"
     offsets = np.concatenate([[0], np.cumsum(-(-counts // 32))])
@@ -68,7 +68,7 @@ def pack_sliced(
     order = np.lexsort((np.random.default_rng(0).permutation(len(key)), key))
     place = offsets[key[order]] * 32 + np.arange(len(key)) - (np.cumsum(counts) - counts)[key[order]]
     made = (column // TILE_COLUMNS % SPAN_TILES * TILE_ROWS + column % TILE_COLUMNS) << 19
-    entries[place] = (made | (index & (SLICE_ROWS - 1)) << 2)[order]
+    entries[place] = (made | (index & ((1 << slice_bits) - 1)) << 2)[order]
     groups = entries.reshape(-1, 32)
     return _int32((groups & HIGH) | (groups[:, LANE_OF_ROW] & LOW)), _int32(offsets)
 
@@ -250,10 +250,13 @@ def _check_few(max_tokens: int, jobs: list[work.Job]) -> None:
     step = TILE_COLUMNS * (2 if max_tokens == 8 else 1)
     for job in jobs:
         columns = job.column_end - job.column_begin
-        assert job.width == 8 and job.out % 2 == 0
+        assert job.out % 2 == 0
         if job.kind == Kind.SLICED:
-            assert columns <= step and job.column_begin % step == 0 and job.book_rows <= SLICE_ROWS
+            assert columns <= step and job.column_begin % step == 0
+            assert (job.width, job.res_book == ABSENT) in ((8, True), (16, False))
+            assert job.book_rows <= SLICE_ROWS * 8 // job.width
         else:
+            assert job.width == 8
             assert job.kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS)
             assert columns <= WARPS * WARP_COLUMNS and job.column_begin % (STEPS[Kind(job.kind)] * 16) == 0
 

@@ -160,7 +160,8 @@ class Kernels:
 
     def _sliced(self, job: Job, acts: np.ndarray, octets: int, shared: Shared, workspace: Workspace) -> None:
         if shared.held != (job.book,):  # else left by the job before
-            shared.put(np.arange(job.book_rows), self._book(job.book, job.book_rows))
+            for plane, at in enumerate([job.book, job.res_book][: job.width // 8]):
+                shared.put(plane * (SLICE_ROWS // 2) + np.arange(job.book_rows), self._book(at, job.book_rows))
             shared.held = (job.book,)
         tiles = SPAN_TILES // octets
         shared.spoil(SLICE_ROWS, octets * tiles * TILE_ROWS)
@@ -172,7 +173,9 @@ class Kernels:
             at, slice_row = self._entries(job, row, first_tile, last_tile)
             at = at - first_tile % SPAN_TILES * TILE_ROWS
             assert (at >= 0).all()
-            workspace.store(job.out + row * 8, tile[at].T @ shared.rows[slice_row])
+            for plane in range(job.width // 8):
+                sums = tile[at].T @ shared.rows[plane * (SLICE_ROWS // 2) + slice_row]
+                workspace.store(job.out + row * job.width + plane * 8, sums)
 
     def _entries(self, job: Job, row: int, first_tile: int, last_tile: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the entries of lists, padding included: the column as a row of shared memory, and the row of the slice."""

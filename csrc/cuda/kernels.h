@@ -41,7 +41,8 @@ struct Job {
   int vector_len, plane;  // elements plane * 8 .. of every vector
   int index_bits, res_bits;
   int shift;   // dot: offset in `norm` of what to multiply by, or -1 for ones
-  int width;   // far: 16 outputs are two planes of a vector row; or 8, and they are one of two vector rows
+  int width;   // sliced: 16 if both planes of a vector are looked up, that at `res_book` too, else 8; far: 16 outputs
+               // are two planes of a vector row; or 8, and they are one of two vector rows
   int source;  // where its columns begin in a row of prepared activations, or -1 if it takes them as they are in x
 };
 static_assert(sizeof(Job) == 96, "24 int32");
@@ -137,9 +138,11 @@ struct Stream {
   int bits, shift, width;
 };
 
-// Entries of each list of the sliced layout, [slices, rows, tiles]; then the lists, from `offsets` (in groups of 32).
-cudaError_t count_entries(const Stream&, int slices, int tiles, int32_t* counts, cudaStream_t);
-cudaError_t fill_lists(const Stream&, int slices, int tiles, const int32_t* offsets, int32_t* lists, cudaStream_t);
+// Entries of each list of the sliced layout, [slices, rows, tiles], a slice being 1 << slice_bits entries of the book;
+// then the lists, from `offsets` (in groups of 32).
+cudaError_t count_entries(const Stream&, int slice_bits, int slices, int tiles, int32_t* counts, cudaStream_t);
+cudaError_t fill_lists(const Stream&, int slice_bits, int slices, int tiles, const int32_t* offsets, int32_t* lists,
+                       cudaStream_t);
 // Codes [ceil(rows / 2), loads, 32, 4] of a resident kind, for a book of book_rows entries in `copies` images, or of
 // the far one; where its `width` (see Job) is 16, [rows, loads, 16, 4], each for two lanes.
 cudaError_t fill_codes(Kind kind, const Stream&, const Stream& residual, int loads, int book_rows, int copies,

@@ -14,6 +14,15 @@ __device__ __noinline__ void multiply_dot_apart(const Layer& layer, const Tokens
   multiply_dot<T>(layer, tokens, job, workspace, stride, shared);
 }
 
+template <typename T, int Slots, int Planes>
+__device__ __forceinline__ void multiply_lists(const Layer& layer, const Tokens& tokens, const Job& job,
+                                               SliceCopy& copy, float* workspace, int64_t stride, uint4* shared) {
+  if constexpr (Slots == 1)
+    multiply_single<T, Planes>(layer, tokens, job, copy, workspace, shared);
+  else
+    multiply_sliced<T, Slots / 8, Planes>(layer, tokens, job, copy, workspace, stride, shared);
+}
+
 // For one token, or up to 8 or 16. 112 registers a thread leave room for blocks of `finish_kernel`: those of the
 // layer before would otherwise keep this kernel's from starting.
 template <typename T, int Slots>
@@ -49,10 +58,10 @@ __global__ void __maxnreg__(112)
     if (threadIdx.x == 0 && Kind(job.kind) != Kind::kSliced && Kind(job.kind) != Kind::kDot) copy.held = -1;
     switch (Kind(job.kind)) {
       case Kind::kSliced:
-        if constexpr (Slots == 1)
-          multiply_single<T>(own_layer, own_tokens, job, copy, workspace, shared);
+        if (job.width == 16)
+          multiply_lists<T, Slots, 2>(own_layer, own_tokens, job, copy, workspace, stride, shared);
         else
-          multiply_sliced<T, Octets>(own_layer, own_tokens, job, copy, workspace, stride, shared);
+          multiply_lists<T, Slots, 1>(own_layer, own_tokens, job, copy, workspace, stride, shared);
         break;
       case Kind::kBytes:
         multiply_resident<T, Octets, Kind::kBytes>(own_layer, own_tokens, job, exchange, workspace, stride, shared);

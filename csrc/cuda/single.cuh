@@ -50,16 +50,17 @@ class Crossing {
   }
 };
 
-template <typename T>
+template <typename T, int Planes>  // of vectors
 __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& tokens, const Job& job, SliceCopy& copy,
                                              float* workspace, uint4* shared) {
   constexpr int kBatch = 4;  // groups looked up together
   constexpr int kRing = 2, kAhead = 12;
+  constexpr int kPlaneBytes = kSliceRows / Planes * 16;
   const int lane = threadIdx.x % 32;
   // Of every column the activation, [kSpanTiles][kTileRows], in four copies: entries 8 i .. of a group read copy i,
   // which lies in banks of its own. So they collide no more than those of sliced.cuh.
   uint4* columns = shared + kSliceRows;
-  if (threadIdx.x == 0) copy.begin(shared, static_cast<const uint4*>(layer.books) + job.book, job);
+  if (threadIdx.x == 0) copy.begin<Planes>(shared, layer.books, job);
   ListReader<kRing, kAhead, kBatch> reader(layer, job);
 
   constexpr int kShare = kSpanTiles * kTileColumns / kThreads;
@@ -90,40 +91,48 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
   const uint32_t base =
       shared_address(columns) - job.column_begin / kTileColumns % kSpanTiles * kTileRows * 16 + lane / 8 * 4;
   const Crossing cross(lane);
-  float sums[kBatch][4] = {};
+  float sums[Planes][kBatch][4] = {};
   auto multiply_block = [&](int i) {
 #pragma unroll
     for (int first = 0; first < kAhead; first += kBatch) {
       if (first >= reader.sizes[i]) return;
-      unsigned c[kBatch][4], x[kBatch], b[2];
+      unsigned c[Planes][kBatch][4], x[kBatch], b[2];
 #pragma unroll
       for (int k = 0; k < kBatch; k++) {
         const unsigned entry = reader.blocks[i][first + k];
         x[k] = load_shared_word(base + (entry >> 15));
-        ldmatrix_trans(c[k], book + (entry & (kSliceRows - 1) << 2) * 4);
+#pragma unroll
+        for (int p = 0; p < Planes; p++)
+          ldmatrix_trans(c[p][k], book + (entry & (kSliceRows - 1) << 2) * 4 + p * kPlaneBytes);
       }
       cross(b, __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[2], x[3], 0x5410));
 #pragma unroll
-      for (int k = 0; k < kBatch; k++) mma<T>(sums[k], c[k][0], c[k][1], c[k][2], c[k][3], b[0], b[1]);
+      for (int p = 0; p < Planes; p++)
+#pragma unroll
+        for (int k = 0; k < kBatch; k++) mma<T>(sums[p][k], c[p][k][0], c[p][k][1], c[p][k][2], c[p][k][3], b[0], b[1]);
     }
   };
   // Group j's sums: rows 0-7 of column j, and rows 8-15 of column j + 4.
   auto store_row = [&](int row) {
     const bool second = lane & 1, lower = lane & 2;
-    float sum = 0.f;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const float upper_sum = second ? sums[2 + half][half] : sums[half][half];
-      const float lower_sum = second ? sums[2 + half][2 + half] : sums[half][2 + half];
-      sum += lower ? lower_sum : upper_sum;
+    for (int p = 0; p < Planes; p++) {
+      auto& own = sums[p];
+      float sum = 0.f;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float upper_sum = second ? own[2 + half][half] : own[half][half];
+        const float lower_sum = second ? own[2 + half][2 + half] : own[half][2 + half];
+        sum += lower ? lower_sum : upper_sum;
+      }
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      if (lane % 4 == 0) workspace[job.out + row * 8 * Planes + p * 8 + lane / 4] = sum;
+#pragma unroll
+      for (int k = 0; k < kBatch; k++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) own[k][r] = 0.f;
     }
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    if (lane % 4 == 0) workspace[job.out + row * 8 + lane / 4] = sum;
-#pragma unroll
-    for (int k = 0; k < kBatch; k++)
-#pragma unroll
-      for (int r = 0; r < 4; r++) sums[k][r] = 0.f;
   };
   reader.walk(job, multiply_block, store_row);
 }

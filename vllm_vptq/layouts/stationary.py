@@ -156,7 +156,7 @@ def few_tokens(segments: Sequence[Packed], gpu: Gpu) -> int:
 
 
 def _listed(packed: Packed) -> int:
-    return sum(pass_.kind == Kind.SLICED for pass_ in packed.few)
+    return sum(pass_.width // 8 for pass_ in packed.few if pass_.kind == Kind.SLICED)
 
 
 def _gathered(packed: Packed) -> int:
@@ -313,16 +313,18 @@ def _units(pass_: Pass, whole: Job, variant: Variant, processors: int) -> list[U
     """Cuts a pass by columns and slices, reserves its sums, and adds its part to the variant."""
     segment = pass_.segment
     ranges = _column_ranges(pass_, variant.max_tokens, processors)
-    splits, sums = len(ranges) * pass_.slices, pass_.rows * 8 + 8  # pairs of rows: one more
+    width = pass_.width
+    splits, sums = len(ranges) * pass_.slices, pass_.rows * width + 8  # pairs of rows: one more
     at = variant.reserve(splits * sums)
-    variant.parts.append(Part(at, splits, sums, segment.vector_len, segment.skip, pass_.plane))
+    variant.parts.append(Part(at, splits, sums, segment.vector_len, segment.skip, pass_.plane, width))
     jobs = [
         replace(
             whole,
             column_begin=begin,
             column_end=end,
-            book=pass_.book + slice_ * SLICE_ROWS,
-            book_rows=min(whole.book_rows, pass_.book_rows - slice_ * SLICE_ROWS),
+            book=pass_.book + slice_ * pass_.slice_rows,
+            book_rows=min(whole.book_rows, pass_.book_rows - slice_ * pass_.slice_rows),
+            res_book=whole.res_book if whole.res_book == ABSENT else whole.res_book + slice_ * pass_.slice_rows,
             lists=pass_.lists + slice_ * pass_.rows * pass_.list_tiles,
             out=at + (slice_ * len(ranges) + i) * sums,
         )
@@ -336,7 +338,7 @@ def _unit(pass_: Pass, job: Job, tokens: int) -> Unit:
     """Costs are in cycles, fitted to measurements on an H200; only their proportions matter."""
     columns = job.column_end - job.column_begin
     if pass_.kind == Kind.SLICED:
-        per_phase = 3.2 if tokens <= 8 else 4.6
+        per_phase = (3.2 if tokens <= 8 else 4.6) * (1.5 if pass_.width == 16 else 1)
         cost = WARPS * (columns / pass_.slices / 8 * per_phase + 30)
         return Unit(job, pass_.rows, WARPS, cost, fill=4000, tile=1500 + columns * tokens / 32, held=job.book)
     per_phase = {1: 2.7, 2: 1.9, 3: 1.5, 8: 1.1}[pass_.copies] * (2 if pass_.kind == Kind.BYTE_PAIRS else 1)
