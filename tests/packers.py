@@ -153,7 +153,7 @@ for _op in (pack_sliced, pack_resident):
 # ---------------------------------------------------------------------------------------------------------------
 # Plan
 
-_SIZES = {work.Job: 24, work.Part: 8, work.Module: 9, work.Preparation: 7}
+_SIZES = {work.Job: 25, work.Part: 8, work.Module: 9, work.Preparation: 7}
 
 
 class Plan:
@@ -211,11 +211,11 @@ class Plan:
         for v in self.variants:
             assert v.max_tokens in (8, 16, 32, 64)
             assert v.stride % 2 == 0  # sums are stored in pairs
-            _check_dots(v, [job for launch in v.launches for job in flat(launch) if job.kind == Kind.DOT])
+            _check_dots(v, [job for launch in v.launches for job in flat(launch) if job.dot != ABSENT])
             assert 1 <= len(v.launches) <= 2 and all(launch.wide != ABSENT for launch in v.launches[1:])
             for launch in v.launches:
                 assert 0 < len(launch.jobs) <= processors and all(launch.jobs)
-                jobs = [job for job in flat(launch) if job.kind != Kind.DOT]
+                jobs = flat(launch)
                 for job in jobs:
                     assert 0 <= job.row_begin < job.row_end and 0 <= job.column_begin < job.column_end
                 if launch.wide == ABSENT:
@@ -235,14 +235,14 @@ def flat(launch: SimpleNamespace) -> list[work.Job]:
     return [job for jobs in launch.jobs for job in jobs]
 
 
-def _check_dots(v: SimpleNamespace, dots: list[work.Job]) -> None:
-    """All tokens at once, every part of the product once: by jobs, or before them."""
+def _check_dots(v: SimpleNamespace, jobs: list[work.Job]) -> None:
+    """Every part of the product once: by the first job of a list's columns, or before."""
     parts = sorted(m.dot + i for m in v.modules for i in range(m.dots))
     assert len(set(parts)) == len(parts) and all((m.dot == ABSENT) == (m.dots == 0) for m in v.modules)
-    made = [job.out for job in dots] + [p.dot for p in v.preparations if p.dot != ABSENT]
+    made = [job.dot for job in jobs if job.row_begin == 0]
+    made += [p.dot for p in v.preparations if p.dot != ABSENT]
     assert sorted(made) == parts
-    assert not dots or v.max_tokens <= 8
-    assert all((job.row_begin, job.row_end) == (0, v.max_tokens) for job in dots)
+    assert not jobs or (v.max_tokens <= 8 and all(job.kind == Kind.SLICED for job in jobs))
 
 
 def _check_few(max_tokens: int, jobs: list[work.Job]) -> None:

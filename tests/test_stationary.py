@@ -112,20 +112,22 @@ class Kernels:
         for wide, jobs in ((launch.wide, jobs) for launch in v.launches for jobs in launch.jobs):
             shared = Shared(self.plan.shared_bytes)
             for job in jobs:
-                if job.kind == Kind.DOT:
-                    self._dot(job, x, workspace)
-                    continue
                 if job.source != ABSENT:
                     acts = prepared[:, job.source + job.column_begin : job.source + job.column_end].T
                 else:
                     assert job.column_list == ABSENT and x.shape[1] % 8 == 0
-                    assert v.max_tokens == 8 or job.scale == ABSENT
+                    assert job.scale == ABSENT or (v.max_tokens == 8 and job.kind == Kind.SLICED)
                     scaled = x * self._norm(job.scale, x.shape[1], 1)
                     acts = scaled[:, job.column_begin : job.column_end].T
                 if wide != ABSENT:
                     assert job.kind == wide or wide == Kind.DOT
                     self._wide(job, acts, shared, workspace)
                 elif job.kind == Kind.SLICED:
+                    if job.dot != ABSENT and job.row_begin == 0:
+                        assert job.source == ABSENT
+                        products = x * self._norm(job.shift, x.shape[1], 1)
+                        dot = products[:, job.column_begin : job.column_end].sum(1, keepdims=True)
+                        workspace.store(job.dot, dot)
                     self._sliced(job, acts, 1 if len(x) <= 8 else 2, shared, workspace)
                 else:
                     self._resident(job, acts, 1 if len(x) <= 8 else 2, shared, workspace)
@@ -148,13 +150,6 @@ class Kernels:
                 products = (x * self._norm(p.shift, x.shape[1], 1))[:, sources]
                 workspace.store(p.dot, products.sum(1, keepdims=True))
         return prepared
-
-    # dot.cuh
-
-    def _dot(self, job: Job, x: np.ndarray, workspace: Workspace) -> None:
-        part = x[job.row_begin : job.row_end, job.column_begin : job.column_end]
-        shift = self._norm(job.shift, job.column_end, 1)[job.column_begin :]
-        workspace.store(job.out, (part * shift).sum(1, keepdims=True), job.row_begin)
 
     # sliced.cuh
 

@@ -46,9 +46,6 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
   float products[Each] = {};
 #pragma unroll
   for (int i = 0; i < Each; i++) sums[i] = workspace + min(int(blockIdx.y) * Each + i, tokens - 1) * stride;
-  float dots[Each];  // the first part of the dot product is on its way while sums are added
-#pragma unroll
-  for (int i = 0; i < Each; i++) dots[i] = module.dots > 0 ? __ldcg(sums[i] + module.dot) : 0.f;
   for (int p = module.part_begin; p < module.part_end; p++) {
     const Part& part = records.parts[p];
     const int vector_row = (n + part.skip) / part.vector_len, element = (n + part.skip) % part.vector_len;
@@ -67,8 +64,9 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
 #pragma unroll
     for (int o = 1; o < Share; o *= 2) products[i] += __shfl_xor_sync(together, products[i], o);
     const int token = blockIdx.y * Each + i;
-    float dot = dots[i];
-    for (int d = 1; d < module.dots; d++) dot += __ldcg(sums[i] + module.dot + d);
+    float dot = 0.f;
+#pragma unroll 4
+    for (int d = 0; d < module.dots; d++) dot += __ldcg(sums[i] + module.dot + d);
     if (mine == 0 && token < tokens)
       y[int64_t(token) * out_features + output] = Number<T>::narrow(products[i] * factor + dot * offset + added);
   }

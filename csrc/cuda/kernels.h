@@ -9,7 +9,7 @@ namespace vptq {
 
 // How a job finds its weights: compact.cu, sliced.cuh, resident.cuh (codes of one byte for one book, of one byte for
 // each of two books, of two bytes), wide.cuh (codes of two bytes for a book in memory; with those of one byte for a
-// second book in shared memory); or that it has none and is the dot product of a norm.
+// second book in shared memory); or, in the compact layout, that it has none and is the dot product of a norm.
 enum class Kind : int {
   kCompact = 0,
   kSliced = 1,
@@ -21,7 +21,7 @@ enum class Kind : int {
   kFarBytes = 7
 };
 
-// One thread block's piece of work, as vllm_vptq/layouts/work.py writes it: 24 int32.
+// One thread block's piece of work, as vllm_vptq/layouts/work.py writes it: 25 int32.
 struct Job {
   int kind;
   int scale;                     // of the module's column norm: offset in `norm`, or -1
@@ -40,12 +40,14 @@ struct Job {
   int out;         // where its sums go: offset in a token's row of the workspace
   int vector_len, plane;  // elements plane * 8 .. of every vector
   int index_bits, res_bits;
-  int shift;   // dot: offset in `norm` of what to multiply by, or -1 for ones
+  int shift;   // of the norm: offset in `norm` of what its dot product is with, or -1 for ones
   int width;   // sliced: 16 if both planes of a vector are looked up, that at `res_book` too, else 8; far: 16 outputs
                // are two planes of a vector row; or 8, and they are one of two vector rows
   int source;  // where its columns begin in a row of prepared activations, or -1 if it takes them as they are in x
+  int dot;     // sliced: where the dot product of its columns goes, if it begins with row 0, in a token's row of the
+               // workspace; or -1
 };
-static_assert(sizeof(Job) == 96, "24 int32");
+static_assert(sizeof(Job) == 100, "25 int32");
 
 constexpr int kWideRows = 192;  // outputs a block of wide.cuh computes at once
 
@@ -70,7 +72,7 @@ struct Module {
 };
 static_assert(sizeof(Module) == 36, "9 int32");
 
-constexpr int kPrepareColumns = 2048;  // of a block of prepare.cu, at most
+constexpr int kPrepareColumns = 4096;  // of a block of prepare.cu, at most
 
 // What a block does to activations that many blocks of other kernels want: columns gathered and scaled, a part of a
 // norm's dot product.
@@ -111,8 +113,8 @@ struct Launch {
   cudaStream_t stream;
 };
 
-// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs with look-ups being of kind
-// `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
+// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs being of kind `only`, or of
+// several if that is kDot; or, one job a block, of up to 8 in the compact layout.
 cudaError_t multiply(Type type, const Layer&, const Tokens&, const Tokens& prepared, const Launch&);
 cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
                                const Launch&);

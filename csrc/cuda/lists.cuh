@@ -58,6 +58,28 @@ struct SliceCopy {
   __device__ void wait() { wait_for_phase(shared_address(&barrier), phase); }
 };
 
+// A norm's dot products, one a token, which a job computes along with its own sums: what threads have of them is added
+// up by every warp, and after a __syncthreads by one thread each.
+struct Dots {
+  float parts[kWarps][8];
+
+  template <int N>
+  __device__ __forceinline__ void add(float (&own)[N]) {
+#pragma unroll
+    for (int t = 0; t < N; t++) {
+#pragma unroll
+      for (int o = 16; o; o /= 2) own[t] += __shfl_xor_sync(kAllLanes, own[t], o);
+      if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32][t] = own[t];
+    }
+  }
+  __device__ __forceinline__ void store(float* to, int64_t stride, int count) const {
+    if (int(threadIdx.x) >= count) return;
+    float total = 0.f;
+    for (int w = 0; w < kWarps; w++) total += parts[w][threadIdx.x];
+    to[threadIdx.x * stride] = total;
+  }
+};
+
 // A part of a list: groups of 32 entries, and the row that ends with it, or -1.
 struct ListPart {
   int at, size, ends;

@@ -1,5 +1,4 @@
 // One launch for a fused layer: every block takes its jobs, whatever their kinds, one after the other.
-#include "dot.cuh"
 #include "resident.cuh"
 #include "single.cuh"
 #include "sliced.cuh"
@@ -7,20 +6,14 @@
 namespace vptq {
 namespace {
 
-template <typename T>
-__device__ __noinline__ void multiply_dot_apart(const Layer& layer, const Tokens& tokens, const Job& job,
-                                                float* workspace, int64_t stride) {
-  __shared__ float shared[8 * kWarps];  // the slice stays
-  multiply_dot<T>(layer, tokens, job, workspace, stride, shared);
-}
-
 template <typename T, int Slots, int Planes>
 __device__ __forceinline__ void multiply_lists(const Layer& layer, const Tokens& tokens, const Job& job,
-                                               SliceCopy& copy, float* workspace, int64_t stride, uint4* shared) {
+                                               SliceCopy& copy, Dots& dots, float* workspace, int64_t stride,
+                                               uint4* shared) {
   if constexpr (Slots == 1)
-    multiply_single<T, Planes>(layer, tokens, job, copy, workspace, shared);
+    multiply_single<T, Planes>(layer, tokens, job, copy, dots, workspace, shared);
   else
-    multiply_sliced<T, Slots / 8, Planes>(layer, tokens, job, copy, workspace, stride, shared);
+    multiply_sliced<T, Slots / 8, Planes>(layer, tokens, job, copy, dots, workspace, stride, shared);
 }
 
 // For one token, or up to 8 or 16. 112 registers a thread leave room for blocks of `finish_kernel`: those of the
@@ -37,6 +30,7 @@ __global__ void __maxnreg__(112)
   __shared__ Layer own_layer;
   __shared__ Tokens own_tokens;
   __shared__ SliceCopy copy;
+  __shared__ Dots dots;
   __shared__ Exchange exchange;
   let_next_start();
   const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
@@ -55,13 +49,13 @@ __global__ void __maxnreg__(112)
       if (source >= 0) own_tokens = {static_cast<const T*>(prepared.x) + source, prepared.row_stride, tokens.count};
     }
     __syncthreads();
-    if (threadIdx.x == 0 && Kind(job.kind) != Kind::kSliced && Kind(job.kind) != Kind::kDot) copy.held = -1;
+    if (threadIdx.x == 0 && Kind(job.kind) != Kind::kSliced) copy.held = -1;
     switch (Kind(job.kind)) {
       case Kind::kSliced:
         if (job.width == 16)
-          multiply_lists<T, Slots, 2>(own_layer, own_tokens, job, copy, workspace, stride, shared);
+          multiply_lists<T, Slots, 2>(own_layer, own_tokens, job, copy, dots, workspace, stride, shared);
         else
-          multiply_lists<T, Slots, 1>(own_layer, own_tokens, job, copy, workspace, stride, shared);
+          multiply_lists<T, Slots, 1>(own_layer, own_tokens, job, copy, dots, workspace, stride, shared);
         break;
       case Kind::kBytes:
         multiply_resident<T, Octets, Kind::kBytes>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
@@ -69,11 +63,8 @@ __global__ void __maxnreg__(112)
       case Kind::kBytePairs:
         multiply_resident<T, Octets, Kind::kBytePairs>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
         break;
-      case Kind::kShorts:
-        multiply_resident<T, Octets, Kind::kShorts>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
-        break;
       default:
-        multiply_dot_apart<T>(own_layer, own_tokens, job, workspace, stride);
+        multiply_resident<T, Octets, Kind::kShorts>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
     }
   }
 }

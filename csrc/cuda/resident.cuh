@@ -92,7 +92,6 @@ __device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens&
                             job.copies);
 
   wait_for_previous();
-  const bool has_scale = Octets == 1 && job.scale >= 0;
   unsigned acts[kLoads * kSteps][2 * Octets];
 #pragma unroll
   for (int i = 0; i < 2 * Octets; i++) {
@@ -103,9 +102,6 @@ __device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens&
       const bool there = slot < tokens.count && s / kSteps < mine && column + s * 16 < job.column_end;
       acts[s][i] = 0;
       if (there) acts[s][i] = __ldg(reinterpret_cast<const unsigned*>(from + s * 16));
-      if (there && has_scale)
-        acts[s][i] =
-            scaled<T>(acts[s][i], __ldg(reinterpret_cast<const float2*>(layer.norm + job.scale + column + s * 16)));
     }
   }
   __syncthreads();

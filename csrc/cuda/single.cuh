@@ -52,7 +52,7 @@ class Crossing {
 
 template <typename T, int Planes>  // of vectors
 __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& tokens, const Job& job, SliceCopy& copy,
-                                             float* workspace, uint4* shared) {
+                                             Dots& dots, float* workspace, uint4* shared) {
   constexpr int kBatch = 4;  // groups looked up together
   constexpr int kRing = 2, kAhead = 12;
   constexpr int kPlaneBytes = kSliceRows / Planes * 16;
@@ -66,15 +66,27 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
   constexpr int kShare = kSpanTiles * kTileColumns / kThreads;
   // Of columns behind the end, which are in no list, the last one's.
   auto column_of = [&](int i) { return min(job.column_begin + int(threadIdx.x) + i * kThreads, job.column_end - 1); };
-  float factors[kShare];
+  const bool has_dot = job.dot >= 0 && job.row_begin == 0, has_shift = has_dot && job.shift >= 0;
+  float factors[kShare], shifts[kShare];
 #pragma unroll
-  for (int i = 0; i < kShare; i++)
+  for (int i = 0; i < kShare; i++) {
     factors[i] = job.scale >= 0 ? load_ahead(layer.norm + job.scale + column_of(i)) : 1.f;
+    shifts[i] = has_shift ? load_ahead(layer.norm + job.shift + column_of(i)) : 1.f;
+  }
   wait_for_previous();
   const T* x = static_cast<const T*>(tokens.x);
   T values[kShare];
 #pragma unroll
   for (int i = 0; i < kShare; i++) values[i] = x[column_of(i)];  // all loads before anything is done with one
+  if (has_dot) {
+    float own[1] = {};
+#pragma unroll
+    for (int i = 0; i < kShare; i++) {
+      const bool there = job.column_begin + int(threadIdx.x) + i * kThreads < job.column_end;
+      own[0] += there ? Number<T>::wide(values[i]) * shifts[i] : 0.f;
+    }
+    dots.add(own);
+  }
 #pragma unroll
   for (int i = 0; i < kShare; i++) {
     const int column = threadIdx.x + i * kThreads;
@@ -85,6 +97,7 @@ __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& t
   if (threadIdx.x < kSpanTiles)  // what entries that only pad are multiplied by
     columns[threadIdx.x * kTileRows + kTileColumns] = make_uint4(0, 0, 0, 0);
   __syncthreads();
+  if (has_dot) dots.store(workspace + job.dot, 0, 1);
   copy.wait();
 
   const uint32_t book = shared_address(shared);

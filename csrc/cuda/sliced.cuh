@@ -11,7 +11,7 @@ namespace vptq {
 
 template <typename T, int Octets, int Planes>  // of tokens; of vectors
 __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& tokens, const Job& job, SliceCopy& copy,
-                                             float* workspace, int64_t stride, uint4* shared) {
+                                             Dots& dots, float* workspace, int64_t stride, uint4* shared) {
   constexpr int kTiles = kSpanTiles / Octets;
   constexpr int kOctetRows = kTiles * kTileRows;         // of an octet
   constexpr int kPlaneBytes = kSliceRows / Planes * 16;  // of the slice
@@ -28,13 +28,14 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
   const int pairs = (job.column_end - job.column_begin + 1) / 2;
   constexpr int kPairs = kTiles * kTileColumns / 2 / kThreads;  // of columns, per thread
   const bool has_scale = Octets == 1 && job.scale >= 0;
-  float2 factors[kPairs];
+  const bool has_dot = Octets == 1 && job.dot >= 0 && job.row_begin == 0, has_shift = has_dot && job.shift >= 0;
+  float2 factors[kPairs], shifts[kPairs];
 #pragma unroll
   for (int i = 0; i < kPairs; i++) {
-    const int pair = min(int(threadIdx.x) + i * kThreads, pairs - 1);
-    factors[i] = make_float2(1.f, 1.f);
-    if (has_scale)
-      factors[i] = load_ahead(reinterpret_cast<const float2*>(layer.norm + job.scale + job.column_begin) + pair);
+    const int column = job.column_begin + 2 * min(int(threadIdx.x) + i * kThreads, pairs - 1);
+    factors[i] = shifts[i] = make_float2(1.f, 1.f);
+    if (has_scale) factors[i] = load_ahead(reinterpret_cast<const float2*>(layer.norm + job.scale + column));
+    if (has_shift) shifts[i] = load_ahead(reinterpret_cast<const float2*>(layer.norm + job.shift + column));
   }
   wait_for_previous();
   unsigned v[kPairs * Octets][8];  // all loads before all stores
@@ -48,6 +49,18 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
       v[i][j] = 0;
       if (pair < pairs && token < tokens.count) v[i][j] = __ldg(reinterpret_cast<const unsigned*>(from) + pair);
     }
+  }
+  if (has_dot) {
+    float own[8] = {};
+#pragma unroll
+    for (int i = 0; i < kPairs; i++) {
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const float2 pair = unpack<T>(v[i][j]);
+        own[j] += pair.x * shifts[i].x + pair.y * shifts[i].y;
+      }
+    }
+    dots.add(own);
   }
 #pragma unroll
   for (int i = 0; i < kPairs * Octets; i++) {
@@ -65,6 +78,7 @@ __device__ __noinline__ void multiply_sliced(const Layer& layer, const Tokens& t
   }
   if (threadIdx.x < kTiles * Octets) tile[threadIdx.x * kTileRows + kTileColumns] = make_uint4(0, 0, 0, 0);
   __syncthreads();
+  if (has_dot) dots.store(workspace + job.dot, stride, tokens.count);
   copy.wait();
 
   const uint32_t book_base = shared_address(shared);

@@ -6,7 +6,6 @@
 // that does not fit shared memory stays where it is, and every warp gathers what it needs into a ring of its own.
 #pragma once
 
-#include "dot.cuh"
 #include "resident.cuh"
 #include "wgmma.cuh"
 
@@ -40,7 +39,7 @@ struct Ring {
   }
 };
 
-// Brings activations that need nothing done to them; as many tiles are under way as there are stages.
+// Brings activations; as many tiles are under way as there are stages.
 template <typename T, int N>
 __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job& job, Ring& ring, unsigned& done,
                                                  char* stages) {
@@ -62,55 +61,6 @@ __device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job
                    from, there ? left : 0);
     }
     arrive_after_copies(shared_address(ring.full + stage));
-  }
-}
-
-// Fetches and scales activations, some tiles ahead of storing them.
-template <typename T, int N>
-__device__ __forceinline__ void scale_activations(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
-                                                  unsigned& done, char* stages) {
-  using Tile = Shape<N>;
-  constexpr int kDeep = 3;  // tiles under way
-  constexpr int kAcross = Tile::kColumns / 8;
-  const int thread = threadIdx.x - kConsumers, piece = thread % kAcross, first_slot = thread / kAcross;
-  const T* x = static_cast<const T*>(tokens.x);
-  uint4 raw[kDeep][Tile::kPieces];
-  float4 scales[kDeep][2];
-  auto fetch = [&](int d, int column) {
-    if (column >= job.column_end) return;
-    const float4* from = reinterpret_cast<const float4*>(layer.norm + job.scale + column);
-#pragma unroll
-    for (int h = 0; h < 2; h++) scales[d][h] = __ldg(from + h);
-#pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      if (slot < tokens.count) raw[d][i] = __ldg(reinterpret_cast<const uint4*>(x + slot * tokens.row_stride + column));
-    }
-  };
-  // As many columns as the consumers walk over: whole granules, zeros behind the end.
-  const int end = job.column_begin + (job.column_end - job.column_begin + kGranule - 1) / kGranule * kGranule;
-  int column = job.column_begin + piece * 8;
-  unrolled<kDeep>([&](auto d) { fetch(d, column + d * Tile::kColumns); });
-  for (int begin = job.column_begin; begin < end; begin += kDeep * Tile::kColumns) {
-    unrolled<kDeep>([&](auto d) {
-      if (begin + d * Tile::kColumns >= end) return;
-      const int stage = done % Tile::kStages;
-      wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
-      const float4 s = scales[d][0], t = scales[d][1];
-#pragma unroll
-      for (int i = 0; i < Tile::kPieces; i++) {
-        const int slot = first_slot + i * (kProducers / kAcross);
-        uint4 v = raw[d][i];
-        v = make_uint4(scaled<T>(v.x, make_float2(s.x, s.y)), scaled<T>(v.y, make_float2(s.z, s.w)),
-                       scaled<T>(v.z, make_float2(t.x, t.y)), scaled<T>(v.w, make_float2(t.z, t.w)));
-        if (slot >= tokens.count || column >= job.column_end) v = make_uint4(0, 0, 0, 0);
-        *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) = v;
-      }
-      fetch(d, column + kDeep * Tile::kColumns);
-      arrive(shared_address(ring.full + stage));
-      done++;
-      column += Tile::kColumns;
-    });
   }
 }
 
@@ -265,7 +215,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   }
 }
 
-// `kOnly`: the kind of all jobs with look-ups, or kDot if there are several, which takes more registers than wgmma
+// `kOnly`: the kind of all jobs, or kDot if there are several, which takes more registers than wgmma
 // would like to have.
 template <typename T, int N, Kind kOnly>
 __global__ void __launch_bounds__(kWideThreads, 1)
@@ -286,13 +236,6 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     if (threadIdx.x < sizeof(Job) / 4)
       reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
     __syncthreads();
-    if constexpr (N == 8) {
-      __shared__ float dot_shared[8 * kWideThreads / 32];
-      if (Kind(job.kind) == Kind::kDot) {
-        multiply_dot<T>(layer, tokens, job, workspace, stride, dot_shared);
-        continue;
-      }
-    }
     const Kind kind = kOnly == Kind::kDot ? Kind(job.kind) : kOnly;
     if (kind == Kind::kFar) {
       held = -1;
@@ -316,12 +259,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       wait_for_previous();
       const T* from = static_cast<const T*>(prepared.x) + job.source;
       const Tokens own = job.source < 0 ? tokens : Tokens{from, prepared.row_stride, tokens.count};
-      bool copied = true;
-      if constexpr (N == 8) {
-        copied = job.scale < 0;
-        if (!copied) scale_activations<T, N>(layer, own, job, ring, done, wide_shared);
-      }
-      if (copied) copy_activations<T, N>(own, job, ring, done, wide_shared);
+      copy_activations<T, N>(own, job, ring, done, wide_shared);
       continue;
     }
     const uint32_t stages = shared_address(wide_shared);

@@ -55,10 +55,8 @@ WARP_COLUMNS = 256
 TOKENS = (8, 16, 32, 64)
 """Most tokens of a call, one entry per variant."""
 SCALED_TOKENS = 8
-"""Up to so many, every thread block scales the activations it wants; of more, a kernel does it first, for all. That
+"""Up to so many, thread blocks with lists scale the activations they want; else a kernel does it first, for all. That
 also gathers what a column list names, and pads what cannot be loaded 16 bytes at a time."""
-DOT_COLUMNS = 8192
-"""Of a job, at most."""
 
 
 @dataclass(frozen=True)
@@ -191,30 +189,6 @@ class _ModuleParts:
             module.scale, module.shift = self.place.scale, self.place.shift
         return module
 
-    def dot_units(self, module: Module, variant: Variant) -> list[Unit]:
-        """Units that compute the dot product of the norm, if there is one, for all tokens at once."""
-        if self.place.scale == ABSENT:
-            return []
-        columns = self.shard.in_features
-        begins = range(0, columns, DOT_COLUMNS)
-        module.dot, module.dots = variant.reserve(len(begins)), len(begins)
-        return [
-            Unit(
-                Job(
-                    Kind.DOT,
-                    column_begin=begin,
-                    column_end=min(columns, begin + DOT_COLUMNS),
-                    out=module.dot + i,
-                    shift=self.place.column_shift,
-                ),
-                variant.max_tokens,
-                variant.max_tokens,
-                1000,
-                tile=1500 + (min(columns, begin + DOT_COLUMNS) - begin) / 4,
-            )
-            for i, begin in enumerate(begins)
-        ]
-
 
 def _few(tokens: int, modules: Sequence[_ModuleParts], gpu: Gpu) -> Variant:
     """The variant of calls of up to ``tokens``, 8 or 16, by csrc/cuda/multiply.cu.
@@ -222,19 +196,19 @@ def _few(tokens: int, modules: Sequence[_ModuleParts], gpu: Gpu) -> Variant:
     Books beside lists that fit shared memory are looked up in a launch of wide.cuh, where the GPU has it.
     """
     made = Variant(tokens)
-    own = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.few] for m in modules])
-    flat = [both for jobs, _ in own for both in jobs]
+    jobs = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.few] for m in modules])
+    flat = [both for own in jobs for both in own]
     listed = [pass_.kind == Kind.SLICED for pass_, _ in flat]
     if not (gpu.tensor_groups and any(listed)):
         listed = [True] * len(flat)
-    units = [unit for _, dots in own for unit in dots]
+    units: list[Unit] = []
     for (pass_, job), here in zip(flat, listed, strict=True):
         if here:
             units += _units(pass_, job, made, gpu.processors)
     made.launches.append(Launch(work.cut(units, gpu.processors)))
     if not all(listed):
         apart = [both for both, here in zip(flat, listed, strict=True) if not here]
-        wide.cut(made, [apart], [], gpu.processors)
+        wide.cut(made, apart, gpu.processors)
     # The parts of a module follow each other.
     made_as = sorted(range(len(flat)), key=lambda i: not listed[i])
     made.parts = [part for _, part in sorted(zip(made_as, made.parts, strict=True), key=lambda both: both[0])]
@@ -244,30 +218,33 @@ def _few(tokens: int, modules: Sequence[_ModuleParts], gpu: Gpu) -> Variant:
 def _wide(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Variant:
     """The variant of calls of up to ``tokens`` by csrc/cuda/wide.cuh."""
     made = Variant(tokens)
-    own = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.wide] for m in modules])
-    wide.cut(made, [jobs for jobs, _ in own], [unit for _, dots in own for unit in dots], processors)
+    jobs = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.wide] for m in modules])
+    wide.cut(made, [both for own in jobs for both in own], processors)
     return made
 
 
 def _jobs(
     made: Variant, modules: Sequence[_ModuleParts], passes: Sequence[Sequence[tuple[Pass, int]]]
-) -> list[tuple[list[tuple[Pass, Job]], list[Unit]]]:
-    """Jobs over all of each module's passes, given with their column lists, and units of its dot product; adds records.
+) -> list[list[tuple[Pass, Job]]]:
+    """Jobs over all of each module's passes, given with their column lists; adds records. A pass has one part.
 
-    There are no such units where a kernel before prepares activations and dot products. A pass has one part.
+    Activations and a norm's dot products are left to a kernel before, except where all is in lists.
     """
     found, first = [], 0
     for module, own in zip(modules, passes, strict=True):
-        jobs, dots = [(pass_, pass_.job(module.place, at)) for pass_, at in own], []
+        jobs = [(pass_, pass_.job(module.place, at)) for pass_, at in own]
         record = module.record(first, len(jobs))
-        simple = all(_as_in_memory(pass_, job) for pass_, job in jobs)
-        if made.max_tokens > SCALED_TOKENS or not simple:
-            jobs = _prepare(made, record, module, jobs)
-        else:
-            dots = module.dot_units(record, made)
         first += len(jobs)
+        listed = all(pass_.kind == Kind.SLICED and _as_in_memory(pass_, job) for pass_, job in jobs)
+        if made.max_tokens > SCALED_TOKENS or not listed:
+            jobs = _prepare(made, record, module, jobs)
+        elif module.place.scale != ABSENT:
+            (pass_, job), *others = jobs
+            record.dots = len(_column_ranges(pass_, made.max_tokens, 1))
+            record.dot = made.reserve(record.dots)
+            jobs = [(pass_, replace(job, dot=record.dot)), *others]
         made.modules.append(record)
-        found.append((jobs, dots))
+        found.append(jobs)
     return found
 
 
@@ -327,6 +304,7 @@ def _units(pass_: Pass, whole: Job, variant: Variant, processors: int) -> list[U
             res_book=whole.res_book if whole.res_book == ABSENT else whole.res_book + slice_ * pass_.slice_rows,
             lists=pass_.lists + slice_ * pass_.rows * pass_.list_tiles,
             out=at + (slice_ * len(ranges) + i) * sums,
+            dot=ABSENT if whole.dot == ABSENT or slice_ else whole.dot + i,
         )
         for slice_ in range(pass_.slices)
         for i, (begin, end) in enumerate(ranges)
@@ -340,7 +318,8 @@ def _unit(pass_: Pass, job: Job, tokens: int) -> Unit:
     if pass_.kind == Kind.SLICED:
         per_phase = (3.2 if tokens <= 8 else 4.6) * (1.5 if pass_.width == 16 else 1)
         cost = WARPS * (columns / pass_.slices / 8 * per_phase + 30)
-        return Unit(job, pass_.rows, WARPS, cost, fill=4000, tile=1500 + columns * tokens / 32, held=job.book)
+        tile = 1500 + columns * tokens / 32 + (0 if job.dot == ABSENT else 1000)
+        return Unit(job, pass_.rows, WARPS, cost, fill=4000, tile=tile, held=job.book)
     per_phase = {1: 2.7, 2: 1.9, 3: 1.5, 8: 1.1}[pass_.copies] * (2 if pass_.kind == Kind.BYTE_PAIRS else 1)
     cost = columns / 4 * per_phase + 60 * tokens / 8
     return Unit(job, pass_.tiles, 1, cost, fill=2000 + pass_.images_bytes / 64, tile=1500)

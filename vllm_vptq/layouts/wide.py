@@ -29,31 +29,24 @@ class Strip:
     begin: int
 
 
-def cut(made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Sequence[Unit], processors: int) -> None:
-    """Adds a launch and parts to a variant: of each module's passes, with jobs over all of them, and of dot products.
-
-    The parts are those of the passes, in their order.
-    """
+def cut(made: Variant, passes: Sequence[tuple[Pass, Job]], processors: int) -> None:
+    """Adds a launch to a variant, and the parts of its passes, in their order; given with jobs over all of them."""
     tokens = made.max_tokens
     strips: list[Strip] = []
     units: list[Unit] = []
-    flat = [both for module in passes for both in module]
-    kinds = {pass_.kind for pass_, _ in flat}
+    kinds = {pass_.kind for pass_, _ in passes}
     launch = Launch(wide=int(kinds.pop() if len(kinds) == 1 else Kind.DOT))
     made.launches.append(launch)
-    for part, (pass_, job) in enumerate(flat, len(made.parts)):
+    for part, (pass_, job) in enumerate(passes, len(made.parts)):
         for begin in range(0, pass_.tiles, TILES):
             strips.append(Strip(pass_, part, begin))
             units.append(_unit(pass_, job, tokens))
-    pieces = work.divide([*units, *dots], processors)
-    splits = _place_sums(made, [pass_ for pass_, _ in flat], strips, pieces)
+    pieces = work.divide(units, processors)
+    splits = _place_sums(made, [pass_ for pass_, _ in passes], strips, pieces)
     seen = [0] * len(strips)
     for block in pieces:
         jobs = []
         for u, begin, end in block:
-            if u >= len(strips):
-                jobs.append(replace(dots[u - len(strips)].job, row_begin=begin, row_end=end))
-                continue
             strip, whole = strips[u], units[u].job
             part_ = made.parts[strip.part]
             jobs.append(
@@ -78,8 +71,7 @@ def _place_sums(
     splits = [0] * len(strips)
     for block in pieces:
         for u, _, _ in block:
-            if u < len(strips):
-                splits[u] += 1
+            splits[u] += 1
     for part, pass_ in enumerate(passes, len(made.parts)):
         counts = [n for strip, n in zip(strips, splits, strict=True) if strip.part == part]
         stride = pass_.tiles * 16

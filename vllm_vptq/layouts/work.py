@@ -59,6 +59,7 @@ class Job(Record):
     shift: int = ABSENT
     width: int = 8
     source: int = ABSENT
+    dot: int = ABSENT
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Module(Record):
     dense: int = 0
 
 
-PREPARE_COLUMNS = 2048
+PREPARE_COLUMNS = 4096
 """Of a thread block of csrc/cuda/prepare.cu."""
 
 
