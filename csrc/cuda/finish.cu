@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks / 2)
     const int token = blockIdx.y * Each + i;
     if (token >= tokens) break;
     float dot = 0.f;
+#pragma unroll 4
     for (int d = 0; d < module.dots; d++) dot += __ldcg(sums[i] + module.dot + d);
     T* to = y + int64_t(token) * out_features + output;
     unsigned out[Near / 2];

@@ -9,13 +9,6 @@
 
 namespace vptq {
 
-// What was stored to shared memory in the ordinary way becomes visible to the tensor cores.
-__device__ __forceinline__ void fence_for_tensor_cores() {
-#if VPTQ_HAS_WGMMA
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // Before the first product of a batch: registers written until here are ready.
 __device__ __forceinline__ void wgmma_fence() {
 #if VPTQ_HAS_WGMMA
@@ -37,16 +30,14 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// A matrix [n, row_bytes / 2] of 16-bit numbers whose rows, of 128 bytes, have their 16-byte pieces permuted by
-// `swizzled`, or of 64 by the copy engine in its way; it starts at a multiple of 8 rows. Columns 16 s .. are found at
-// address + 32 s.
+// A matrix [n, kRowBytes / 2] of 16-bit numbers as the copy engine swizzles it (tiles.cuh); it starts at a multiple of
+// 8 rows. Columns 16 s .. are found at address + 32 s.
 template <int kRowBytes>
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
   static_assert(kRowBytes == 128 || kRowBytes == 64);
   return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(8 * kRowBytes / 16) << 32 |
          uint64_t(kRowBytes == 128 ? 1 : 2) << 62;
 }
-__device__ __forceinline__ int swizzled(int row, int piece) { return row * 128 + ((piece ^ row % 8) * 16); }
 
 #define VPTQ_WGMMA(SHAPE, TYPE, REGISTERS, A, B, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \

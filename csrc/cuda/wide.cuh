@@ -1,4 +1,4 @@
-// Products with 8 to 128 tokens: three or four warp groups look weights up, other threads bring the activations.
+// Products with 8 to 128 tokens: three or four warp groups look weights up, a thread orders activations.
 //
 // A warp keeps to 16 outputs and walks along the columns. ldmatrix.trans of the centroids of 2 vector rows x 16 columns
 // is the A fragment of a wgmma, as in resident.cuh; but the activations are its B operand, which the tensor core reads
@@ -6,14 +6,12 @@
 // that does not fit shared memory stays where it is, and every warp gathers what it needs into a ring of its own.
 #pragma once
 
-#include "dot.cuh"
 #include "resident.cuh"
 #include "tiles.cuh"
 #include "wgmma.cuh"
 
 namespace vptq {
 
-constexpr int kProducers = 128;    // threads that bring up to 8 tokens; of more, one that orders them
 constexpr int kRingBytes = 32768;  // of activations
 constexpr int kMostStages = 8;
 constexpr int kStepBytes = 512;  // of a step's 32 vectors; a warp gathers those of a granule
@@ -29,14 +27,12 @@ template <int kSlots, Kind kOnly>
 struct Shape {
   static constexpr int N = kSlots, kRing = ring_bytes(N, kOnly);
   static constexpr int kWarps = wide_rows(N, kOnly) / 16, kConsumers = kWarps * 32;
-  static constexpr bool kOrdered = N > 8;  // from the copy engine
   static constexpr int kAcross = kRing / (N * 128) >= 4 ? 64 : 32;
   static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : kAcross;
   static constexpr int kBytes = N * kColumns * 2;
   static constexpr int kStages = kRing / kBytes;
-  static constexpr int kPieces = N * kColumns / 8 / kProducers;  // of 16 bytes, per producer thread
   static constexpr int kCluster = wide_cluster(N, kOnly);  // blocks that share tiles: each brings those of some tokens
-  static constexpr int kThreads = kConsumers + (kOrdered ? 32 : kProducers);
+  static constexpr int kThreads = kConsumers + 32;
   static_assert(kStages >= 2 && kStages <= kMostStages);
 
   // Where 16 columns of a stage, the step `s`, lie in the ring.
@@ -51,7 +47,7 @@ struct Ring {
   template <typename Tile>
   __device__ void initialise() {
     for (int i = 0; i < Tile::kStages; i++) {
-      initialise_barrier(shared_address(full + i), Tile::kOrdered ? 1 : kProducers);
+      initialise_barrier(shared_address(full + i), 1);
       initialise_barrier(shared_address(empty + i), Tile::kWarps * Tile::kCluster);
     }
   }
@@ -67,7 +63,7 @@ struct Ring {
   }
 };
 
-// Orders activations that need nothing done to them, by one thread; as many tiles are under way as there are stages.
+// Orders activations, by one thread; as many tiles are under way as there are stages.
 template <typename Tile>
 __device__ __forceinline__ void order_activations(const CUtensorMap* map, int first_column, const Job& job, Ring& ring,
                                                   unsigned& done, uint32_t stages) {
@@ -83,109 +79,6 @@ __device__ __forceinline__ void order_activations(const CUtensorMap* map, int fi
     for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
       copy_tile<Tile::kCluster>(stages + Tile::place(stage, i * Tile::kAcross / 16) + first_row * Tile::kAcross * 2,
                                 map, column, first_row, shared_address(ring.full + stage));
-  }
-}
-
-// Brings activations that need nothing done to them; as many tiles are under way as there are stages.
-template <typename T, typename Tile>
-__device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job& job, Ring& ring, unsigned& done,
-                                                 char* stages) {
-  constexpr int kAcross = Tile::kColumns / 8;  // pieces of a token
-  const int thread = threadIdx.x - Tile::kConsumers, piece = thread % kAcross, first_slot = thread / kAcross;
-  const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
-  int column = job.column_begin + piece * 8;
-  for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++, column += Tile::kColumns) {
-    const int stage = done % Tile::kStages;
-    wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
-    const int left = min(8, job.column_end - column) * 2;
-#pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      const bool there = left > 0 && slot < tokens.count;
-      const T* from = static_cast<const T*>(tokens.x) + (there ? slot * tokens.row_stride + column : 0);
-      copy_async16(shared_address(stages) + Tile::place(stage, piece / 8 * 4) + swizzled(slot, piece % 8), from,
-                   there ? left : 0);
-    }
-    arrive_after_copies(shared_address(ring.full + stage));
-  }
-}
-
-// Fetches, scales and gathers activations, a tile ahead of storing them. For few tokens: a kernel of its own, that
-// others leave it to (prepare.cu), takes longer.
-template <typename T, typename Tile>
-__device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
-                                        unsigned& done, char* stages) {
-  const Inputs<T> inputs(layer, tokens, job, Tile::N);
-  const int thread = threadIdx.x - Tile::kConsumers;
-  constexpr int kAcross = Tile::kColumns / 8;
-  const int piece = thread % kAcross, first_slot = thread / kAcross;
-  const bool aligned =
-      !inputs.has_list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
-  if (aligned && !inputs.has_scale) return copy_activations<T, Tile>(tokens, job, ring, done, stages);
-
-  uint4 raw[Tile::kPieces];
-  float4 scales[2];
-  auto fetch = [&](int column) {
-    const bool whole = aligned && column + 8 <= job.column_end;
-    if (inputs.has_scale && whole) {
-      scales[0] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column));
-      scales[1] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column) + 1);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      const int token = inputs.half && slot >= inputs.half ? slot - inputs.half : slot;
-      raw[i] = make_uint4(0, 0, 0, 0);
-      if (token >= tokens.count) continue;
-      if (whole) {
-        raw[i] = __ldg(reinterpret_cast<const uint4*>(inputs.x + token * tokens.row_stride + column));
-        continue;
-      }
-      T values[8];
-#pragma unroll
-      for (int e = 0; e < 8; e++) {
-        values[e] = Number<T>::narrow(0.f);
-        if (column + e < job.column_end) values[e] = inputs(slot, column + e);
-      }
-      raw[i] = make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
-                          pack(values[6], values[7]));
-    }
-  };
-  auto scaled = [&](const uint4& from, bool low) {
-    const T* v = reinterpret_cast<const T*>(&from);
-    const float* s = reinterpret_cast<const float*>(scales);
-    T out[8];
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-      const float exact = Number<T>::wide(v[e]) * s[e];
-      out[e] = Number<T>::narrow(exact);
-      if (low) out[e] = Number<T>::narrow(exact - Number<T>::wide(out[e]));
-    }
-    return make_uint4(pack(out[0], out[1]), pack(out[2], out[3]), pack(out[4], out[5]), pack(out[6], out[7]));
-  };
-
-  // As many columns as the consumers walk over: whole granules, zeros behind the end.
-  const int end = job.column_begin + (job.column_end - job.column_begin + kGranule - 1) / kGranule * kGranule;
-  int column = job.column_begin + piece * 8;
-  fetch(column);
-  for (int begin = job.column_begin; begin < end; begin += Tile::kColumns, done++) {
-    uint4 now[Tile::kPieces];
-    const bool whole = aligned && column + 8 <= job.column_end;
-#pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      now[i] = inputs.has_scale && whole ? scaled(raw[i], inputs.half && slot >= inputs.half) : raw[i];
-    }
-    column += Tile::kColumns;
-    if (begin + Tile::kColumns < end) fetch(column);
-    const int stage = done % Tile::kStages;
-    wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
-#pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      *reinterpret_cast<uint4*>(stages + Tile::place(stage, piece / 8 * 4) + swizzled(slot, piece % 8)) = now[i];
-    }
-    arrive(shared_address(ring.full + stage));
   }
 }
 
@@ -334,7 +227,6 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
       const int stage = done % Tile::kStages;
       if (c % kTileChunks == 0) {
         wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
-        if (!Tile::kOrdered) fence_for_tensor_cores();
       }
       wgmma_fence();
 #pragma unroll
@@ -349,31 +241,25 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   }
   wgmma_wait<0>();
   release(done - 1);
-  wait_for_previous();                                                // whose sums may lie in this workspace
-  const bool halves = N == 8 && job.scale >= 0 && tokens.count <= 4;  // slots 4 .. 7: what rounding has cut off
+  wait_for_previous();  // whose sums may lie in this workspace
 #pragma unroll
   for (int i = 0; i < N / 2; i++) {
-    if (halves) sums[i] += __shfl_down_sync(kAllLanes, sums[i], 2);
     const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
     if (mine && token < tokens.count)
       workspace[token * stride + job.out + row * 16 + i / 2 % 2 * 8 + lane / 4] = sums[i];
   }
 }
 
-// What a kernel for N slots finds activations by: as they are, and prepared.
+// What activations are found by: as they are, and prepared.
 struct Maps {
   CUtensorMap x, prepared;
 };
-template <int N>
-using Source = std::conditional_t<N == 8, Tokens, Maps>;
-
-// `kOnly`: the kind of all jobs with look-ups, or kDot if there are several, which takes more registers than wgmma
+// `kOnly`: the kind of all jobs, or kDot if there are several, which takes more registers than wgmma
 // would like to have.
 template <typename T, int N, Kind kOnly>
 __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
-    wide_kernel(const Layer layer, const Tokens tokens, const __grid_constant__ Source<N> source,
-                const Job* __restrict__ jobs, const int32_t* __restrict__ starts, float* __restrict__ workspace,
-                int64_t stride) {
+    wide_kernel(const Layer layer, const Tokens tokens, const __grid_constant__ Maps maps, const Job* __restrict__ jobs,
+                const int32_t* __restrict__ starts, float* __restrict__ workspace, int64_t stride) {
 #if VPTQ_HAS_WGMMA
   extern __shared__ __align__(1024) char wide_shared[];
   __shared__ Job job;
@@ -391,14 +277,6 @@ __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
     if (threadIdx.x < sizeof(Job) / 4)
       reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
     __syncthreads();
-    if constexpr (N == 8) {
-      if (Kind(job.kind) == Kind::kDot) {
-        wait_for_previous();
-        multiply_dot<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(books));
-        held = -1;
-        continue;
-      }
-    }
     const Kind kind = kOnly == Kind::kDot ? Kind(job.kind) : kOnly;
     if (kind == Kind::kFar) {
       held = -1;
@@ -420,10 +298,8 @@ __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
     }
     if (threadIdx.x >= Tile::kConsumers) {
       wait_for_previous();
-      if constexpr (!Tile::kOrdered)
-        produce<T, Tile>(layer, tokens, job, ring, done, wide_shared);
-      else if (threadIdx.x == Tile::kConsumers)
-        order_activations<Tile>(job.source < 0 ? &source.x : &source.prepared, max(job.source, 0), job, ring, done,
+      if (threadIdx.x == Tile::kConsumers)
+        order_activations<Tile>(job.source < 0 ? &maps.x : &maps.prepared, max(job.source, 0), job, ring, done,
                                 shared_address(wide_shared));
       __syncwarp();
       continue;
@@ -458,20 +334,16 @@ cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Tokens& pre
   auto kernel = wide_kernel<T, N, kOnly>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
   if (error != cudaSuccess) return error;
-  Source<N> source = {};
-  if constexpr (Tile::kOrdered) {
+  Maps maps = {};
+  auto describe = [&](const Tokens& from, CUtensorMap& map) {
     const Type type = std::is_same_v<T, __half> ? Type::kHalf : Type::kBfloat16;
-    // Rows of another size are prepared, all of them.
-    if (tokens.row_stride % 8 == 0)
-      error = describe_tiles(type, tokens, N / Tile::kCluster, Tile::kAcross * 2, source.x);
-    if (error == cudaSuccess && prepared.row_stride)
-      error = describe_tiles(type, prepared, N / Tile::kCluster, Tile::kAcross * 2, source.prepared);
-    if (error != cudaSuccess) return error;
-  } else {
-    source = prepared;
-  }
+    return describe_tiles(type, from, N / Tile::kCluster, Tile::kAcross * 2, map);
+  };
+  if (tokens.row_stride % 8 == 0) error = describe(tokens, maps.x);  // rows of another size are prepared, all of them
+  if (error == cudaSuccess && prepared.row_stride) error = describe(prepared, maps.prepared);
+  if (error != cudaSuccess) return error;
   return launch_clusters(kernel, Tile::kCluster, dim3(work.thread_blocks * Tile::kCluster), Tile::kThreads,
-                         work.shared_bytes, work.stream, true, layer, tokens, source, work.jobs, work.starts,
+                         work.shared_bytes, work.stream, true, layer, tokens, maps, work.jobs, work.starts,
                          work.workspace, work.stride);
 }
 

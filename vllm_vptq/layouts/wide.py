@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from vllm_vptq.layouts import work
 from vllm_vptq.layouts.passes import LARGE_RING_BYTES, RING_BYTES, Pass
-from vllm_vptq.layouts.work import ABSENT, Job, Kind, Part, Unit, Variant
+from vllm_vptq.layouts.work import ABSENT, Job, Kind, Launch, Part, Unit, Variant
 
 COUNTED_SUMS = 64
 """That the numbers of ``Part.counts`` are for."""
@@ -20,21 +20,21 @@ GRANULE_COLUMNS = 256
 """Columns that a job is cut at, and multiplied together: zeros stand behind the last."""
 
 
-def ring_bytes(variant: Variant) -> int:
-    """Of the ring of activations, which lies in front of the books."""
-    large = variant.max_tokens == 128 and variant.wide not in (Kind.SHORTS, Kind.DOT)
+def ring_bytes(tokens: int, kind: int) -> int:
+    """Of the ring of activations, which lies in front of the books, by the kernel for ``tokens`` and jobs of a kind."""
+    large = tokens == 128 and kind not in (Kind.SHORTS, Kind.DOT)
     return LARGE_RING_BYTES if large else RING_BYTES
 
 
-def cluster(variant: Variant) -> int:
+def cluster(tokens: int, kind: int) -> int:
     """Blocks that work off the same jobs, each on its tiles of their outputs, and share activations."""
-    return 2 if variant.max_tokens == 128 and variant.wide != Kind.DOT else 1
+    return 2 if tokens == 128 and kind != Kind.DOT else 1
 
 
-def tiles(variant: Variant) -> int:
+def tiles(tokens: int, kind: int) -> int:
     """Of 16 outputs, that a block, or a cluster, computes at once: one a warp."""
-    resident = variant.wide in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS)
-    return (16 if resident and variant.max_tokens in (16, 32) else 12) * cluster(variant)
+    resident = kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS)
+    return (16 if resident and tokens <= 32 else 12) * cluster(tokens, kind)
 
 
 @dataclass
@@ -46,31 +46,25 @@ class Strip:
     begin: int
 
 
-def cut(made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Sequence[Unit], processors: int) -> None:
-    """Adds jobs and parts to a variant: of each module's passes, with jobs over all of them, and of dot products.
-
-    Its parts are those of the passes, in their order.
-    """
+def cut(made: Variant, passes: Sequence[tuple[Pass, Job]], processors: int) -> None:
+    """Adds a launch to a variant, and the parts of its passes, in their order; given with jobs over all of them."""
     tokens = made.max_tokens
     strips: list[Strip] = []
     units: list[Unit] = []
-    flat = [both for module in passes for both in module]
-    kinds = {pass_.kind for pass_, _ in flat}
-    made.wide = int(kinds.pop() if len(kinds) == 1 else Kind.DOT)
-    most = tiles(made)
-    for part, (pass_, job) in enumerate(flat):
+    kinds = {pass_.kind for pass_, _ in passes}
+    launch = Launch(wide=int(kinds.pop() if len(kinds) == 1 else Kind.DOT))
+    made.launches.append(launch)
+    most = tiles(tokens, launch.wide)
+    for part, (pass_, job) in enumerate(passes, len(made.parts)):
         for begin in range(0, pass_.tiles, most):
             strips.append(Strip(pass_, part, begin))
             units.append(_unit(pass_, job, tokens, most))
-    pieces = work.divide([*units, *dots], max(1, processors // cluster(made)))
-    splits = _place_sums(made, [pass_ for pass_, _ in flat], strips, pieces)
+    pieces = work.divide(units, max(1, processors // cluster(tokens, launch.wide)))
+    splits = _place_sums(made, [pass_ for pass_, _ in passes], strips, pieces, most)
     seen = [0] * len(strips)
     for block in pieces:
         jobs = []
         for u, begin, end in block:
-            if u >= len(strips):
-                jobs.append(replace(dots[u - len(strips)].job, row_begin=begin, row_end=end))
-                continue
             strip, whole = strips[u], units[u].job
             part_ = made.parts[strip.part]
             jobs.append(
@@ -84,28 +78,26 @@ def cut(made: Variant, passes: Sequence[Sequence[tuple[Pass, Job]]], dots: Seque
                 )
             )
             seen[u] += 1
-        made.jobs.append(jobs)
+        launch.jobs.append(jobs)
     assert seen == splits
 
 
 def _place_sums(
-    made: Variant, passes: Sequence[Pass], strips: Sequence[Strip], pieces: Sequence[work.Pieces]
+    made: Variant, passes: Sequence[Pass], strips: Sequence[Strip], pieces: Sequence[work.Pieces], most: int
 ) -> list[int]:
     """Adds the parts; how many pieces the sums of each strip come in."""
     splits = [0] * len(strips)
     for block in pieces:
         for u, _, _ in block:
-            if u < len(strips):
-                splits[u] += 1
-    for part, pass_ in enumerate(passes):
+            splits[u] += 1
+    for part, pass_ in enumerate(passes, len(made.parts)):
         counts = [n for strip, n in zip(strips, splits, strict=True) if strip.part == part]
         stride = pass_.tiles * 16
         at = made.reserve(max(counts) * stride)
         uneven = ABSENT
         if min(counts) < max(counts):
             uneven = len(made.counts)
-            each = tiles(made) * 16 // COUNTED_SUMS
-            made.counts.append([n for n in counts for _ in range(each)])
+            made.counts.append([n for n in counts for _ in range(most * 16 // COUNTED_SUMS)])
         segment = pass_.segment
         made.parts.append(
             Part(at, max(counts), stride, segment.vector_len, segment.skip, pass_.plane, pass_.width, uneven)
