@@ -130,7 +130,10 @@ struct Call {
                           int(plan.shared_bytes),
                           stream};
         if (l.wide >= 0) {
-          const auto wide = type == Type::kHalf ? multiply_wide_half : multiply_wide_bfloat16;
+          const bool half = type == Type::kHalf, many = v.max_tokens > 32;
+          const auto wide = half   ? many ? multiply_wide_half_many : multiply_wide_half_few
+                            : many ? multiply_wide_bfloat16_many
+                                   : multiply_wide_bfloat16_few;
           C10_CUDA_CHECK(wide(Kind(l.wide), layer, part, prepared, v.max_tokens, work));
         } else if (plan.stationary) {
           C10_CUDA_CHECK(multiply(type, layer, part, prepared, work));

@@ -25,9 +25,9 @@ SLICE_ROWS = 8192
 TILE_COLUMNS, TILE_ROWS, SPAN_TILES = 2048, 2056, 2
 STEPS = {Kind.BYTES: 16, Kind.BYTE_PAIRS: 8, Kind.SHORTS: 8, Kind.FAR: 8, Kind.FAR_BYTES: 8}
 """Of 16 columns, whose codes for 16 outputs a warp loads at once: 16 bytes a lane."""
-GRANULE, WIDE_TILES, TILE_OUTPUTS = 256, 12, 16
-RING_BYTES, GATHERED_BYTES = 32 * 1024, 8 * 1024
-"""Of activations in wide.cuh; of vectors that a warp gathers for a granule."""
+GRANULE, TILE_OUTPUTS, COUNTED_SUMS = 256, 16, 64
+RING_BYTES, LARGE_RING_BYTES, GATHERED_BYTES = 32 * 1024, 64 * 1024, 8 * 1024
+"""Of activations in wide.cuh, and for 128 tokens where there is room; of vectors that a warp gathers for a granule."""
 LANES = np.arange(32)
 LANE_OF_ROW = LANES & ~24 | (LANES & 8) << 1 | (LANES & 16) >> 1
 HIGH, LOW = 0xFFF80000, 0x7FFFF
@@ -209,7 +209,7 @@ class Plan:
         assert self.stationary and self.shared_bytes % 16 == 0
         assert self.shared_bytes + OWN_SHARED_BYTES <= SHARED_BYTES
         for v in self.variants:
-            assert v.max_tokens in (8, 16, 32, 64)
+            assert v.max_tokens in (8, 16, 32, 64, 128)
             assert v.stride % 2 == 0  # sums are stored in pairs
             _check_dots(v, [job for launch in v.launches for job in flat(launch) if job.dot != ABSENT])
             assert 1 <= len(v.launches) <= 2 and all(launch.wide != ABSENT for launch in v.launches[1:])
@@ -264,9 +264,10 @@ def _check_few(max_tokens: int, jobs: list[work.Job]) -> None:
 def _check_wide(v: SimpleNamespace, wide: int, jobs: list[work.Job]) -> None:
     """wide.cuh: each strip of outputs comes in pieces by columns, whose sums are splits 0, 1, .. of a part."""
     assert wide == (jobs[0].kind if len({job.kind for job in jobs}) == 1 else Kind.DOT)
+    most = wide_tiles(v.max_tokens, wide)
     strips: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for job in jobs:
-        assert job.row_begin % WIDE_TILES == 0 and job.row_end <= job.row_begin + WIDE_TILES
+        assert job.row_begin % most == 0 and job.row_end <= job.row_begin + most
         assert job.column_begin % GRANULE == 0 and (job.scale == ABSENT or job.scale % 4 == 0)  # loaded by four
         assert job.width == 8 or (job.kind == Kind.FAR and job.width == 16)
         if job.source != ABSENT:
@@ -282,6 +283,11 @@ def _check_wide(v: SimpleNamespace, wide: int, jobs: list[work.Job]) -> None:
     for p in {p for p, _ in strips}:
         part, counts = v.parts[p], [len(pieces) for (q, _), pieces in sorted(strips.items()) if q == p]
         assert part.splits == max(counts) and (part.counts != ABSENT or min(counts) == max(counts))
+
+
+def wide_tiles(tokens: int, kind: int) -> int:
+    """Tiles of 16 outputs that a block of wide.cuh computes at once."""
+    return 16 if tokens in (16, 32) and kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS) else 12
 
 
 class Shared:

@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.packers import (
+    COUNTED_SUMS,
     GATHERED_BYTES,
     GRANULE,
     LANE_OF_ROW,
     LANES,
+    LARGE_RING_BYTES,
     RING_BYTES,
     SLICE_ROWS,
     SPAN_TILES,
@@ -31,7 +33,6 @@ from tests.packers import (
     TILE_OUTPUTS,
     TILE_ROWS,
     WARPS,
-    WIDE_TILES,
     Plan,
     Shared,
     entry_of_image_row,
@@ -46,9 +47,6 @@ from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.work import ABSENT, PREPARE_COLUMNS, Job, Kind, LookupLayout, Module
 from vllm_vptq.parameters import ModuleShard, cut_module
-
-RING_ROWS = RING_BYTES // 16
-STRIP_SUMS = WIDE_TILES * TILE_OUTPUTS
 
 
 class Kernels:
@@ -112,16 +110,19 @@ class Kernels:
         for wide, jobs in ((launch.wide, jobs) for launch in v.launches for jobs in launch.jobs):
             shared = Shared(self.plan.shared_bytes)
             for job in jobs:
+                end = -(-job.column_end // GRANULE) * GRANULE
                 if job.source != ABSENT:
+                    assert wide == ABSENT or (prepared[:, job.source + job.column_end : job.source + end] == 0).all()
                     acts = prepared[:, job.source + job.column_begin : job.source + job.column_end].T
                 else:
                     assert job.column_list == ABSENT and x.shape[1] % 8 == 0
+                    assert wide == ABSENT or job.column_end in (end, x.shape[1])
                     assert job.scale == ABSENT or (v.max_tokens == 8 and job.kind == Kind.SLICED)
                     scaled = x * self._norm(job.scale, x.shape[1], 1)
                     acts = scaled[:, job.column_begin : job.column_end].T
                 if wide != ABSENT:
                     assert job.kind == wide or wide == Kind.DOT
-                    self._wide(job, acts, shared, workspace)
+                    self._wide(job, acts, _ring_rows(v.max_tokens, wide), shared, workspace)
                 elif job.kind == Kind.SLICED:
                     if job.dot != ABSENT and job.row_begin == 0:
                         assert job.source == ABSENT
@@ -144,8 +145,11 @@ class Kernels:
                 sources = self._take("columns", p.column_list, p.column_end)
             sources = sources[p.column_begin :]
             if p.at != ABSENT:
-                assert p.at % 8 == 0 and np.isnan(prepared[:, p.at : p.at + len(sources)]).all()
-                prepared[:, p.at : p.at + len(sources)] = (x * self._norm(p.scale, x.shape[1], 1))[:, sources]
+                end = p.at + len(sources)
+                padded = p.at + -(-len(sources) // GRANULE) * GRANULE
+                assert p.at % 8 == 0 and np.isnan(prepared[:, p.at : padded]).all()
+                prepared[:, end:padded] = 0
+                prepared[:, p.at : end] = (x * self._norm(p.scale, x.shape[1], 1))[:, sources]
             if p.dot != ABSENT:
                 products = (x * self._norm(p.shift, x.shape[1], 1))[:, sources]
                 workspace.store(p.dot, products.sum(1, keepdims=True))
@@ -241,9 +245,9 @@ class Kernels:
 
     # wide.cuh
 
-    def _wide(self, job: Job, acts: np.ndarray, shared: Shared, workspace: Workspace) -> None:
+    def _wide(self, job: Job, acts: np.ndarray, images: int, shared: Shared, workspace: Workspace) -> None:
         first, granules = job.column_begin // GRANULE, -(-len(acts) // GRANULE)
-        images, held = RING_ROWS, (job.book, job.res_book)
+        held = (job.book, job.res_book)
         if job.kind == Kind.FAR:
             shared.held = ()
         elif shared.held != held:
@@ -259,7 +263,7 @@ class Kernels:
 
         if job.kind in (Kind.FAR, Kind.FAR_BYTES):
             residual = round8(job.res_rows) * 8 if job.kind == Kind.FAR_BYTES else 0
-            shared.spoil(images + residual, WIDE_TILES * GATHERED_BYTES // 16)
+            shared.spoil(images + residual, 12 * GATHERED_BYTES // 16)
             vectors = self._gather(job, codes())
             if job.kind == Kind.FAR_BYTES:
                 assert job.width == 8 and job.list_tiles
@@ -292,8 +296,8 @@ class Kernels:
                 mine = (within >= 0) & (within < part.width)
                 sums, splits = vector_row * part.width + within, np.full(len(n), part.splits)
                 if part.counts != ABSENT:
-                    splits = self._take("work", part.counts, (vector_row.max() * part.width) // STRIP_SUMS + 1)
-                    splits = splits[vector_row * part.width // STRIP_SUMS]
+                    splits = self._take("work", part.counts, (vector_row.max() * part.width) // COUNTED_SUMS + 1)
+                    splits = splits[vector_row * part.width // COUNTED_SUMS]
                     assert ((splits > 0) & (splits <= part.splits)).all()
                 for s in range(part.splits):
                     there = np.flatnonzero(mine & (s < splits))
@@ -358,6 +362,12 @@ class Kernels:
         return self._book(job.book, job.book_rows)[entry]
 
 
+def _ring_rows(max_tokens: int, wide: int) -> int:
+    """Of the ring of activations in wide.cuh, behind which books lie."""
+    large = max_tokens == 128 and wide not in (Kind.SHORTS, Kind.DOT)
+    return (LARGE_RING_BYTES if large else RING_BYTES) // 16
+
+
 class Workspace:
     """Sums ``[tokens, stride]``."""
 
@@ -379,18 +389,18 @@ def check(
     has what it can.
     """
     dense = weight.double().numpy()
-    x = np.random.default_rng(0).standard_normal((69, dense.shape[1]))
+    x = np.random.default_rng(0).standard_normal((140, dense.shape[1]))
     plans = []
     for layout in (build(shards, processors, dtype, lists=False), build(shards, processors, dtype, most=16)):
         assert layout.books.dtype == dtype and layout.books.numel() % 8 == 0
         kernels = Kernels(layout)
         kernels.plan.check_limits(processors)
-        for tokens in (5, 13, 29, 69):  # the last one in two launches
+        for tokens in (5, 13, 29, 69, 140):  # the last one in two launches
             np.testing.assert_allclose(kernels.linear(x[:tokens]), x[:tokens] @ dense.T, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(kernels.weight(40), dense, rtol=1e-12, atol=1e-12)
         plans.append(kernels.plan)
     by_wide = [[v.max_tokens for v in plan.variants if v.launches[0].wide != ABSENT] for plan in plans]
-    assert by_wide == [[8, 16, 32, 64], [32, 64]]
+    assert by_wide == [[8, 16, 32, 64, 128], [32, 64, 128]]
     return plans
 
 
@@ -537,7 +547,7 @@ def test_which_kernel_serves(names, wide, most, beside):
         kernels = Kernels(layout)
         kernels.plan.check_limits(132)
         few = [ABSENT] if beside is None else [ABSENT, beside]
-        expected = [(tokens, few if tokens <= most else [wide]) for tokens in (8, 16, 32, 64)]
+        expected = [(tokens, few if tokens <= most else [wide]) for tokens in (8, 16, 32, 64, 128)]
         if not tensor_groups:
             expected = [(8, [ABSENT]), (16, [ABSENT])]
         assert [(v.max_tokens, [launch.wide for launch in v.launches]) for v in kernels.plan.variants] == expected

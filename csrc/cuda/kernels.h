@@ -49,7 +49,14 @@ struct Job {
 };
 static_assert(sizeof(Job) == 100, "25 int32");
 
-constexpr int kWideRows = 192;  // outputs a block of wide.cuh computes at once
+// Outputs a block of wide.cuh computes at once: 64 a warp group, of which there are four where registers allow it.
+__host__ __device__ constexpr int wide_rows(int slots, Kind only) {
+  const bool resident = only == Kind::kBytes || only == Kind::kBytePairs || only == Kind::kShorts;
+  return resident && (slots == 16 || slots == 32) ? 256 : 192;
+}
+constexpr int kGranule = 256;  // columns: its jobs begin at multiples of it, and multiply whole ones
+
+constexpr int kCountedSums = 64;
 
 // Sums that belong to the same outputs: `splits` rows of the workspace, `stride` apart.
 struct Part {
@@ -57,7 +64,7 @@ struct Part {
   int splits, stride;
   int vector_len, skip;
   int plane, width;  // these sums are elements plane * 8 to plane * 8 + width of every vector
-  int counts;        // where in `work` to find how many of the splits there are, one int32 per kWideRows sums; or -1
+  int counts;        // where in `work` to find how many of the splits there are, one int32 per kCountedSums; or -1
 };
 static_assert(sizeof(Part) == 32, "8 int32");
 
@@ -80,7 +87,8 @@ struct Preparation {
   int scale;                     // offset in `norm` of a factor per input, or -1
   int column_list;               // offset in `columns`, or -1: columns are the input's
   int column_begin, column_end;  // begin: a multiple of kPrepareColumns
-  int at;                        // where the first goes in a row of prepared activations, a multiple of 8; or -1
+  int at;                        // where the first goes, and zeros behind the last up to a whole granule, in a row of
+                                 // prepared activations: a multiple of 8; or -1
   int shift;                     // offset in `norm` of what the dot product is with, or -1 for ones
   int dot;                       // where the dot product goes in a token's row of the workspace, or -1
 };
@@ -113,13 +121,13 @@ struct Launch {
   cudaStream_t stream;
 };
 
-// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs being of kind `only`, or of
-// several if that is kDot; or, one job a block, of up to 8 in the compact layout.
+// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32, 64 or 128, on Hopper, all jobs being of kind `only`,
+// or of several if that is kDot; or, one job a block, of up to 8 in the compact layout.
 cudaError_t multiply(Type type, const Layer&, const Tokens&, const Tokens& prepared, const Launch&);
-cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
-                               const Launch&);
-cudaError_t multiply_wide_bfloat16(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
-                                   const Launch&);
+using MultiplyWide = cudaError_t(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
+                                 const Launch&);
+MultiplyWide multiply_wide_half_few, multiply_wide_half_many;  // up to 32 slots; 64 and 128
+MultiplyWide multiply_wide_bfloat16_few, multiply_wide_bfloat16_many;
 cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Launch&);
 
 // Activations [tokens, prepared_stride] for the products above, and dot products into the workspace.

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     out[e] = Number<T>::narrow(there ? Number<T>::wide(values[e]) * factors[e] : 0.f);
     if (there) dot += Number<T>::wide(values[e]) * shifts[e];
   }
-  if (record.at >= 0 && column < record.column_end)
+  if (record.at >= 0 && column < (record.column_end + kGranule - 1) / kGranule * kGranule)
     *reinterpret_cast<uint4*>(prepared + token * prepared_stride + record.at + threadIdx.x * kEach) =
         make_uint4(pack(out[0], out[1]), pack(out[2], out[3]), pack(out[4], out[5]), pack(out[6], out[7]));
   if (!has_dot) return;

@@ -19,6 +19,8 @@ SLICE_ROWS = 1 << SLICE_BITS
 TILE_COLUMNS = 2048
 RING_BYTES = 32 * 1024
 """Of activations in csrc/cuda/wide.cuh, of sums in resident.cuh; images of the books lie behind."""
+LARGE_RING_BYTES = 64 * 1024
+"""Of activations for 128 tokens, where books leave room."""
 IMAGE_BYTES = 192 * 1024
 """For images of a book: of the 227 KiB a block can have, less the buffers."""
 FAR_BYTES = 12 * 8 * 1024
@@ -100,12 +102,12 @@ class Pass:
         """Of 16 outputs: two vector rows, or two planes of one."""
         return self.rows if self.width == 16 else -(-self.rows // 2)
 
-    @property
-    def shared_bytes(self) -> int:
+    def shared_bytes(self, ring_bytes: int = RING_BYTES) -> int:
+        """What a thread block needs to look up in this book."""
         if self.kind == Kind.SLICED:
             return SLICED_BYTES
         gathered = FAR_BYTES if self.kind in (Kind.FAR, Kind.FAR_BYTES) else 0
-        return RING_BYTES + self.images_bytes + gathered
+        return ring_bytes + self.images_bytes + gathered
 
     @property
     def images_bytes(self) -> int:

@@ -52,7 +52,7 @@ SPAN_COLUMNS = 2 * TILE_COLUMNS
 WARPS = 16
 WARP_COLUMNS = 256
 """Columns of a resident pass whose activations a warp holds."""
-TOKENS = (8, 16, 32, 64)
+TOKENS = (8, 16, 32, 64, 128)
 """Most tokens of a call, one entry per variant."""
 SCALED_TOKENS = 8
 """Up to so many, thread blocks with lists scale the activations they want; else a kernel does it first, for all. That
@@ -114,15 +114,16 @@ def build(
     packed_segments = [packed for module in parts for packed, _ in module.segments]
     few = few_tokens(packed_segments, gpu)
     variants = [_few(tokens, parts, gpu) for tokens in TOKENS if tokens <= few]
-    used = [pass_ for packed in packed_segments for pass_ in packed.few if few]
+    shared = [1024, *(pass_.shared_bytes() for packed in packed_segments for pass_ in packed.few if few)]
     if gpu.tensor_groups and packed_segments:
         variants += [_wide(tokens, parts, gpu.processors) for tokens in TOKENS if tokens > few]
-        used += [pass_ for packed in packed_segments for pass_ in packed.wide]
+        ring = wide.ring_bytes(variants[-1])
+        shared += [pass_.shared_bytes(ring) for packed in packed_segments for pass_ in packed.wide]
     layer = LayerWork(
         stationary=True,
         out_features=start,
         in_features=shards[0].in_features,
-        shared_bytes=max([1024, *(pass_.shared_bytes for pass_ in used)]),
+        shared_bytes=max(shared),
         direct_tokens=direct_tokens,
         variants=variants,
         decodings=decodings,
@@ -267,7 +268,7 @@ def _prepare(
         if key not in places:
             places[key] = made.prepared_columns
             made.preparations.append(Preparation(*key, 0, columns, at=places[key]))
-            made.prepared_columns += -(-columns // 8) * 8
+            made.prepared_columns += -(-columns // wide.GRANULE_COLUMNS) * wide.GRANULE_COLUMNS
         return replace(job, scale=ABSENT, column_list=ABSENT, source=places[key])
 
     first = len(made.preparations)
