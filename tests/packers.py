@@ -214,7 +214,8 @@ class Plan:
             _check_dots(v, [job for launch in v.launches for job in flat(launch) if job.dot != ABSENT])
             assert 1 <= len(v.launches) <= 2 and all(launch.wide != ABSENT for launch in v.launches[1:])
             for launch in v.launches:
-                assert 0 < len(launch.jobs) <= processors and all(launch.jobs)
+                most = max(1, processors // 2) if wide_tiles(v.max_tokens, launch.wide) == 24 else processors
+                assert 0 < len(launch.jobs) <= most and all(launch.jobs)
                 jobs = flat(launch)
                 for job in jobs:
                     assert 0 <= job.row_begin < job.row_end and 0 <= job.column_begin < job.column_end
@@ -286,7 +287,9 @@ def _check_wide(v: SimpleNamespace, wide: int, jobs: list[work.Job]) -> None:
 
 
 def wide_tiles(tokens: int, kind: int) -> int:
-    """Tiles of 16 outputs that a block of wide.cuh computes at once."""
+    """Tiles of 16 outputs that a block of wide.cuh, or a cluster of blocks, computes at once."""
+    if tokens == 128 and kind not in (ABSENT, Kind.DOT):
+        return 24  # by a cluster of two blocks
     return 16 if tokens in (16, 32) and kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS) else 12
 
 

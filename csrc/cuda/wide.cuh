@@ -1,4 +1,4 @@
-// Products with 8 to 128 tokens: three or four warp groups look weights up, other threads bring the activations.
+// Products with 8 to 128 tokens: three or four warp groups look weights up, another thread orders the activations.
 //
 // A warp keeps to 16 outputs and walks along the columns. ldmatrix.trans of the centroids of 2 vector rows x 16 columns
 // is the A fragment of a wgmma, as in resident.cuh; but the activations are its B operand, which the tensor core reads
@@ -31,7 +31,8 @@ struct Shape {
   static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : kAcross;
   static constexpr int kBytes = N * kColumns * 2;
   static constexpr int kStages = kRing / kBytes;
-  static constexpr int kThreads = kConsumers + 32;  // of which one orders activations
+  static constexpr int kCluster = wide_cluster(N, kOnly);  // blocks that share tiles: each brings those of some tokens
+  static constexpr int kThreads = kConsumers + 32;         // of which one orders activations
   static_assert(kStages >= 2 && kStages <= kMostStages);
 
   // Where 16 columns of a stage, the step `s`, lie in the ring.
@@ -47,8 +48,18 @@ struct Ring {
   __device__ void initialise() {
     for (int i = 0; i < Tile::kStages; i++) {
       initialise_barrier(shared_address(full + i), 1);
-      initialise_barrier(shared_address(empty + i), Tile::kWarps);
+      initialise_barrier(shared_address(empty + i), Tile::kWarps * Tile::kCluster);
     }
+  }
+
+  // By each warp of the cluster: a stage may be filled again.
+  template <typename Tile>
+  __device__ __forceinline__ void release(unsigned tile) {
+    const uint32_t barrier = shared_address(empty + tile % Tile::kStages);
+    if constexpr (Tile::kCluster == 1)
+      arrive(barrier);
+    else
+      for (int rank = 0; rank < Tile::kCluster; rank++) arrive_in_cluster(barrier, rank);
   }
 };
 
@@ -56,6 +67,8 @@ struct Ring {
 template <typename Tile>
 __device__ __forceinline__ void order_activations(const CUtensorMap* map, int first_column, const Job& job, Ring& ring,
                                                   unsigned& done, uint32_t stages) {
+  constexpr int kRows = Tile::N / Tile::kCluster;
+  const int first_row = Tile::kCluster == 1 ? 0 : cluster_rank() * kRows;
   const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
   int column = first_column + job.column_begin;
   for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++) {
@@ -64,7 +77,8 @@ __device__ __forceinline__ void order_activations(const CUtensorMap* map, int fi
     announce_bulk_copy(shared_address(ring.full + stage), Tile::kBytes);
 #pragma unroll
     for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
-      copy_tile(stages + Tile::place(stage, i * Tile::kAcross / 16), map, column, shared_address(ring.full + stage));
+      copy_tile<Tile::kCluster>(stages + Tile::place(stage, i * Tile::kAcross / 16) + first_row * Tile::kAcross * 2,
+                                map, column, first_row, shared_address(ring.full + stage));
   }
 }
 
@@ -85,7 +99,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   constexpr int kTileChunks = Tile::kColumns / 16 / kChunkSteps;
   static_assert(kTileChunks >= 2 && kChunks % kTileChunks == 0 && kChunks % kBuffers == 0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row = job.row_begin + warp;
+  const int row = job.row_begin + warp + (Tile::kCluster == 1 ? 0 : cluster_rank() * Tile::kWarps);
   const bool mine = row < job.row_end;
 
   const int first_granule = job.column_begin / kGranule;
@@ -187,7 +201,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     look_up(next, c);
   }
   auto release = [&](unsigned tile) {
-    if (lane == 0) arrive(shared_address(ring.empty + tile % Tile::kStages));
+    if (lane == 0) ring.release<Tile>(tile);
   };
   for (int g = 0; g < granules; g++) {
 #pragma unroll
@@ -211,9 +225,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
       else
         look_up(next, c + kAhead - kChunks);
       const int stage = done % Tile::kStages;
-      if (c % kTileChunks == 0) {
-        wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
-      }
+      if (c % kTileChunks == 0) wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kChunkSteps * kBooks; i++) {
@@ -241,8 +253,7 @@ struct Maps {
   CUtensorMap x, prepared;
 };
 
-// `kOnly`: the kind of all jobs, or kDot if there are several, which takes more registers than wgmma
-// would like to have.
+// `kOnly`: the kind of all jobs, or kDot if there are several, which takes more registers than wgmma would like to have.
 template <typename T, int N, Kind kOnly>
 __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
     wide_kernel(const Layer layer, const Tokens tokens, const __grid_constant__ Maps maps, const Job* __restrict__ jobs,
@@ -254,8 +265,9 @@ __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
   let_next_start();
   using Tile = Shape<N, kOnly>;
   uint4* books = reinterpret_cast<uint4*>(wide_shared + Tile::kRing);
-  const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
+  const int block = blockIdx.x / Tile::kCluster, first = starts[block], last = starts[block + 1];
   if (threadIdx.x == 0) ring.initialise<Tile>();
+  if constexpr (Tile::kCluster > 1) synchronise_cluster();
   unsigned done = 0;  // tiles
   int held = -1, res_held = -1;
   for (int j = first; j < last; j++) {
@@ -287,6 +299,7 @@ __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
       if (threadIdx.x == Tile::kConsumers)
         order_activations<Tile>(job.source < 0 ? &maps.x : &maps.prepared, max(job.source, 0), job, ring, done,
                                 shared_address(wide_shared));
+      __syncwarp();
       continue;
     }
     const uint32_t stages = shared_address(wide_shared);
@@ -307,6 +320,7 @@ __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
         consume<T, Tile, Kind::kFar>(layer, tokens, job, ring, done, stages, books, workspace, stride);
     }
   }
+  if constexpr (Tile::kCluster > 1) synchronise_cluster();  // others still arrive at barriers of this block
 #else
   __trap();  // never launched here: layouts/stationary.py asks for it on Hopper only
 #endif
@@ -321,12 +335,13 @@ cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Tokens& pre
   Maps maps = {};
   const Type type = std::is_same_v<T, __half> ? Type::kHalf : Type::kBfloat16;
   // Rows of another size are prepared, all of them.
-  if (tokens.row_stride % 8 == 0) error = describe_tiles(type, tokens, N, Tile::kAcross * 2, maps.x);
+  if (tokens.row_stride % 8 == 0) error = describe_tiles(type, tokens, N / Tile::kCluster, Tile::kAcross * 2, maps.x);
   if (error == cudaSuccess && prepared.row_stride)
-    error = describe_tiles(type, prepared, N, Tile::kAcross * 2, maps.prepared);
+    error = describe_tiles(type, prepared, N / Tile::kCluster, Tile::kAcross * 2, maps.prepared);
   if (error != cudaSuccess) return error;
-  return launch(kernel, dim3(work.thread_blocks), Tile::kThreads, work.shared_bytes, work.stream, true, layer, tokens,
-                maps, work.jobs, work.starts, work.workspace, work.stride);
+  return launch_clusters(kernel, Tile::kCluster, dim3(work.thread_blocks * Tile::kCluster), Tile::kThreads,
+                         work.shared_bytes, work.stream, true, layer, tokens, maps, work.jobs, work.starts,
+                         work.workspace, work.stride);
 }
 
 template <typename T, int N>

@@ -26,9 +26,15 @@ def ring_bytes(variant: Variant) -> int:
     return LARGE_RING_BYTES if large else RING_BYTES
 
 
+def cluster(tokens: int, kind: int) -> int:
+    """Blocks that work off the same jobs, each on its tiles of their outputs, and share activations."""
+    return 2 if tokens == 128 and kind != Kind.DOT else 1
+
+
 def tiles(tokens: int, kind: int) -> int:
-    """Of 16 outputs, that a block computes at once: one a warp."""
-    return 16 if tokens in (16, 32) and kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS) else 12
+    """Of 16 outputs, that a block, or a cluster, computes at once: one a warp."""
+    resident = kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS)
+    return (16 if resident and tokens in (16, 32) else 12) * cluster(tokens, kind)
 
 
 @dataclass
@@ -53,7 +59,7 @@ def cut(made: Variant, passes: Sequence[tuple[Pass, Job]], processors: int) -> N
         for begin in range(0, pass_.tiles, most):
             strips.append(Strip(pass_, part, begin))
             units.append(_unit(pass_, job, tokens, most))
-    pieces = work.divide(units, processors)
+    pieces = work.divide(units, max(1, processors // cluster(tokens, launch.wide)))
     splits = _place_sums(made, [pass_ for pass_, _ in passes], strips, pieces, most)
     seen = [0] * len(strips)
     for block in pieces:
