@@ -214,8 +214,7 @@ class Plan:
             _check_dots(v, [job for launch in v.launches for job in flat(launch) if job.dot != ABSENT])
             assert 1 <= len(v.launches) <= 2 and all(launch.wide != ABSENT for launch in v.launches[1:])
             for launch in v.launches:
-                clusters = launch.wide not in (ABSENT, Kind.DOT) and v.max_tokens == 128
-                assert 0 < len(launch.jobs) <= max(1, processors // (1 + clusters)) and all(launch.jobs)
+                assert 0 < len(launch.jobs) <= processors and all(launch.jobs)
                 jobs = flat(launch)
                 for job in jobs:
                     assert 0 <= job.row_begin < job.row_end and 0 <= job.column_begin < job.column_end
@@ -287,9 +286,7 @@ def _check_wide(v: SimpleNamespace, wide: int, jobs: list[work.Job]) -> None:
 
 
 def wide_tiles(tokens: int, kind: int) -> int:
-    """Tiles of 16 outputs that a block of wide.cuh, or a cluster of blocks, computes at once."""
-    if tokens == 128 and kind != Kind.DOT:
-        return 24  # by a cluster of two blocks
+    """Tiles of 16 outputs that a block of wide.cuh computes at once."""
     return 16 if tokens <= 32 and kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS) else 12
 
 

@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
 #pragma unroll
   for (int o = 1; o < Share; o *= 2) product += __shfl_xor_sync(together, product, o);
   float dot = 0.f;
+#pragma unroll 4
   for (int d = 0; d < module.dots; d++) dot += __ldcg(sums + module.dot + d);
   if (mine == 0) y[int64_t(token) * out_features + output] = Number<T>::narrow(product * factor + dot * offset + added);
 }

@@ -54,10 +54,6 @@ __host__ __device__ constexpr int wide_rows(int slots, Kind only) {
   const bool resident = only == Kind::kBytes || only == Kind::kBytePairs || only == Kind::kShorts;
   return resident && slots <= 32 ? 256 : 192;
 }
-// Blocks of wide.cuh that work off the same jobs, each on so many outputs, and share activations.
-__host__ __device__ constexpr int wide_cluster(int slots, Kind only) {
-  return slots == 128 && only != Kind::kDot ? 2 : 1;
-}
 constexpr int kGranule = 256;  // columns: its jobs begin at multiples of it, and multiply whole ones
 
 constexpr int kCountedSums = 64;

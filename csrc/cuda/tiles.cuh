@@ -33,46 +33,13 @@ inline cudaError_t describe_tiles(Type type, const Tokens& tokens, int rows, int
   return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Begins to copy the tile at a column and row, to the same place in every block of a cluster; `barrier`, of each of
-// them, has been told how many bytes to expect.
-template <int kCluster>
-__device__ __forceinline__ void copy_tile(uint32_t shared, const CUtensorMap* map, int column, int row,
-                                          uint32_t barrier) {
-#if __CUDA_ARCH__ >= 900
-#define VPTQ_COPY "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-  if constexpr (kCluster == 1)
-    asm volatile(VPTQ_COPY " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared), "l"(map), "r"(column), "r"(row), "r"(barrier)
-                 : "memory");
-  else
-    asm volatile(VPTQ_COPY ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared), "l"(map), "r"(column),
-                 "r"(row), "r"(barrier), "h"(uint16_t((1 << kCluster) - 1))
-                 : "memory");
-#undef VPTQ_COPY
-#endif
-}
-
-__device__ __forceinline__ int cluster_rank() {
-  int rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-
-// All threads of all blocks; what they did before to barriers is visible after it.
-__device__ __forceinline__ void synchronise_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// At the barrier of another block at the same place.
-__device__ __forceinline__ void arrive_in_cluster(uint32_t barrier, int rank) {
+// Begins to copy the tile at a column; `barrier` has been told how many bytes to expect.
+__device__ __forceinline__ void copy_tile(uint32_t shared, const CUtensorMap* map, int column, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-      "r"(rank)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(shared),
+      "l"(map), "r"(column), "r"(0), "r"(barrier)
       : "memory");
 #endif
 }

@@ -31,8 +31,7 @@ struct Shape {
   static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : kAcross;
   static constexpr int kBytes = N * kColumns * 2;
   static constexpr int kStages = kRing / kBytes;
-  static constexpr int kCluster = wide_cluster(N, kOnly);  // blocks that share tiles: each brings those of some tokens
-  static constexpr int kThreads = kConsumers + 32;
+  static constexpr int kThreads = kConsumers + 32;  // of which one orders activations
   static_assert(kStages >= 2 && kStages <= kMostStages);
 
   // Where 16 columns of a stage, the step `s`, lie in the ring.
@@ -48,18 +47,8 @@ struct Ring {
   __device__ void initialise() {
     for (int i = 0; i < Tile::kStages; i++) {
       initialise_barrier(shared_address(full + i), 1);
-      initialise_barrier(shared_address(empty + i), Tile::kWarps * Tile::kCluster);
+      initialise_barrier(shared_address(empty + i), Tile::kWarps);
     }
-  }
-
-  // By each warp of the cluster: a stage may be filled again.
-  template <typename Tile>
-  __device__ __forceinline__ void release(unsigned tile) {
-    const uint32_t barrier = shared_address(empty + tile % Tile::kStages);
-    if constexpr (Tile::kCluster == 1)
-      arrive(barrier);
-    else
-      for (int rank = 0; rank < Tile::kCluster; rank++) arrive_in_cluster(barrier, rank);
   }
 };
 
@@ -67,8 +56,6 @@ struct Ring {
 template <typename Tile>
 __device__ __forceinline__ void order_activations(const CUtensorMap* map, int first_column, const Job& job, Ring& ring,
                                                   unsigned& done, uint32_t stages) {
-  constexpr int kRows = Tile::N / Tile::kCluster;
-  const int first_row = Tile::kCluster == 1 ? 0 : cluster_rank() * kRows;
   const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
   int column = first_column + job.column_begin;
   for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++) {
@@ -77,8 +64,7 @@ __device__ __forceinline__ void order_activations(const CUtensorMap* map, int fi
     announce_bulk_copy(shared_address(ring.full + stage), Tile::kBytes);
 #pragma unroll
     for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
-      copy_tile<Tile::kCluster>(stages + Tile::place(stage, i * Tile::kAcross / 16) + first_row * Tile::kAcross * 2,
-                                map, column, first_row, shared_address(ring.full + stage));
+      copy_tile(stages + Tile::place(stage, i * Tile::kAcross / 16), map, column, shared_address(ring.full + stage));
   }
 }
 
@@ -91,15 +77,13 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   constexpr bool kTwo = kKind == Kind::kBytePairs || kKind == Kind::kFarBytes;  // books
   constexpr int kLoads = kKind == Kind::kBytes ? 1 : 2;                         // of codes, for a granule
   constexpr int kMore = kKind == Kind::kFarBytes ? 1 : 0;                       // of the residual's
-  constexpr bool kSum = kTwo && N > 8;           // main and residual vectors are added before they are multiplied
-  constexpr int kBooks = kTwo && !kSum ? 2 : 1;  // multiplied one after the other
   constexpr int kChunkSteps = N == 128 || kTwo ? 1 : 2;  // steps of 16 columns, looked up together
   constexpr int kAhead = 2, kBuffers = 4;  // chunks that are looked up before they are multiplied; that have registers
   constexpr int kChunks = kGranule / 16 / kChunkSteps;
   constexpr int kTileChunks = Tile::kColumns / 16 / kChunkSteps;
   static_assert(kTileChunks >= 2 && kChunks % kTileChunks == 0 && kChunks % kBuffers == 0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row = job.row_begin + warp + (Tile::kCluster == 1 ? 0 : cluster_rank() * Tile::kWarps);
+  const int row = job.row_begin + warp;
   const bool mine = row < job.row_end;
 
   const int first_granule = job.column_begin / kGranule;
@@ -156,7 +140,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     }
     copy_async_commit();
   };
-  unsigned a[kBuffers][kChunkSteps * kBooks][4];
+  unsigned a[kBuffers][kChunkSteps][4];
   constexpr int kApart = kAhead - 1;  // chunks whose residual vectors are still to be added
   unsigned residual[kApart][kChunkSteps][4];
   auto look_up_one = [&](unsigned (&to)[4], const Codes& words, int s, bool second) {
@@ -169,14 +153,13 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
 #pragma unroll
     for (int i = 0; i < kChunkSteps; i++) {
       const int s = chunk * kChunkSteps + i;
-#pragma unroll
-      for (int b = 0; b < kBooks; b++) look_up_one(a[chunk % kBuffers][i * kBooks + b], words, s, b);
-      if constexpr (kSum) look_up_one(residual[chunk % kApart][i], words, s, true);
+      look_up_one(a[chunk % kBuffers][i], words, s, false);
+      if constexpr (kTwo) look_up_one(residual[chunk % kApart][i], words, s, true);
     }
   };
 
   auto add_residual = [&](int chunk) {
-    if constexpr (kSum) {
+    if constexpr (kTwo) {
 #pragma unroll
       for (int i = 0; i < kChunkSteps; i++)
 #pragma unroll
@@ -201,7 +184,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     look_up(next, c);
   }
   auto release = [&](unsigned tile) {
-    if (lane == 0) ring.release<Tile>(tile);
+    if (lane == 0) arrive(shared_address(ring.empty + tile % Tile::kStages));
   };
   for (int g = 0; g < granules; g++) {
 #pragma unroll
@@ -230,8 +213,8 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
       }
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < kChunkSteps * kBooks; i++) {
-        const int s = c % kTileChunks * kChunkSteps + i / kBooks;  // within the tile
+      for (int i = 0; i < kChunkSteps; i++) {
+        const int s = c % kTileChunks * kChunkSteps + i;  // within the tile
         wgmma<T, N>(sums, a[c % kBuffers][i], wgmma_descriptor<Tile::kAcross * 2>(stages + Tile::place(stage, s)));
       }
       wgmma_commit();
@@ -267,9 +250,8 @@ __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
   let_next_start();
   using Tile = Shape<N, kOnly>;
   uint4* books = reinterpret_cast<uint4*>(wide_shared + Tile::kRing);
-  const int block = blockIdx.x / Tile::kCluster, first = starts[block], last = starts[block + 1];
+  const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
   if (threadIdx.x == 0) ring.initialise<Tile>();
-  if constexpr (Tile::kCluster > 1) synchronise_cluster();
   unsigned done = 0;  // tiles
   int held = -1, res_held = -1;
   for (int j = first; j < last; j++) {
@@ -322,7 +304,6 @@ __global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
         consume<T, Tile, Kind::kFar>(layer, tokens, job, ring, done, stages, books, workspace, stride);
     }
   }
-  if constexpr (Tile::kCluster > 1) synchronise_cluster();  // others still arrive at barriers of this block
 #else
   __trap();  // never launched here: layouts/stationary.py asks for it on Hopper only
 #endif
@@ -337,14 +318,13 @@ cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Tokens& pre
   Maps maps = {};
   auto describe = [&](const Tokens& from, CUtensorMap& map) {
     const Type type = std::is_same_v<T, __half> ? Type::kHalf : Type::kBfloat16;
-    return describe_tiles(type, from, N / Tile::kCluster, Tile::kAcross * 2, map);
+    return describe_tiles(type, from, N, Tile::kAcross * 2, map);
   };
   if (tokens.row_stride % 8 == 0) error = describe(tokens, maps.x);  // rows of another size are prepared, all of them
   if (error == cudaSuccess && prepared.row_stride) error = describe(prepared, maps.prepared);
   if (error != cudaSuccess) return error;
-  return launch_clusters(kernel, Tile::kCluster, dim3(work.thread_blocks * Tile::kCluster), Tile::kThreads,
-                         work.shared_bytes, work.stream, true, layer, tokens, maps, work.jobs, work.starts,
-                         work.workspace, work.stride);
+  return launch(kernel, dim3(work.thread_blocks), Tile::kThreads, work.shared_bytes, work.stream, true, layer, tokens,
+                maps, work.jobs, work.starts, work.workspace, work.stride);
 }
 
 template <typename T, int N>

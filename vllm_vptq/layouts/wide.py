@@ -26,15 +26,10 @@ def ring_bytes(tokens: int, kind: int) -> int:
     return LARGE_RING_BYTES if large else RING_BYTES
 
 
-def cluster(tokens: int, kind: int) -> int:
-    """Blocks that work off the same jobs, each on its tiles of their outputs, and share activations."""
-    return 2 if tokens == 128 and kind != Kind.DOT else 1
-
-
 def tiles(tokens: int, kind: int) -> int:
-    """Of 16 outputs, that a block, or a cluster, computes at once: one a warp."""
+    """Of 16 outputs, that a block computes at once: one a warp."""
     resident = kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS)
-    return (16 if resident and tokens <= 32 else 12) * cluster(tokens, kind)
+    return 16 if resident and tokens <= 32 else 12
 
 
 @dataclass
@@ -59,7 +54,7 @@ def cut(made: Variant, passes: Sequence[tuple[Pass, Job]], processors: int) -> N
         for begin in range(0, pass_.tiles, most):
             strips.append(Strip(pass_, part, begin))
             units.append(_unit(pass_, job, tokens, most))
-    pieces = work.divide(units, max(1, processors // cluster(tokens, launch.wide)))
+    pieces = work.divide(units, processors)
     splits = _place_sums(made, [pass_ for pass_, _ in passes], strips, pieces, most)
     seen = [0] * len(strips)
     for block in pieces:
@@ -111,9 +106,8 @@ def _unit(pass_: Pass, job: Job, tokens: int, tiles: int) -> Unit:
     far = pass_.kind in (Kind.FAR, Kind.FAR_BYTES)
     look_up = 44.0 if far else images[pass_.copies]
     books = 2 if pass_.kind == Kind.BYTE_PAIRS else 1
-    products = books if tokens == 8 else 1  # of more tokens, vectors are added first
     # Activations are read by the tensor cores, which from 128 tokens on take longer than that.
-    cost = tiles * GRANULE_COLUMNS / 16 * max(books * look_up + products * tokens / 16, tokens / 8)
+    cost = tiles * GRANULE_COLUMNS / 16 * max(books * look_up + tokens / 16, tokens / 8)
     granules = -(-pass_.segment.num_columns // GRANULE_COLUMNS)
     fill = 0.0 if pass_.kind == Kind.FAR else 1500 + pass_.images_bytes / 64
     return Unit(job, granules, 1, cost, fill=fill, tile=600 + tokens * 6, held=job.book)
