@@ -24,7 +24,7 @@ from typing import Any
 from vllm_vptq.format import parse_format
 from vllm_vptq.layouts import choice, stationary
 
-LAUNCH_TOKENS = {"stationary": 64, "aligned": 64, "compact": 8}
+LAUNCH_TOKENS = {"stationary": 128, "aligned": 128, "compact": 8}
 DECODED_TOKENS = 1024
 
 

@@ -28,9 +28,13 @@ Type type_of(const Tensor& x) {
 // A layer's plan, as vllm_vptq/layouts/work.py writes it.
 struct Plan {
   int64_t stationary, out_features, in_features, shared_bytes, direct_tokens;
-  struct Variant {  // for calls of up to max_tokens; places in `work`; floats of workspace per token
-    int64_t max_tokens, wide, stride, jobs_at, starts_at, thread_blocks, modules_at, parts_at;
-    int64_t preparations_at, chunks, prepared_columns;  // chunks of prepare.cu; elements of a token's prepared row
+  struct Launching {  // by wide.cuh, if `wide` is a kind; places in `work`
+    int64_t wide, jobs_at, starts_at, thread_blocks;
+  };
+  struct Variant {  // for calls of up to max_tokens; floats of workspace per token; places in `work`
+    int64_t max_tokens, stride, modules_at, parts_at;
+    int64_t preparations_at, preparations, prepared_columns;  // elements of a token's prepared row
+    std::vector<Launching> launches;
     std::vector<Module> modules;
     std::vector<Part> parts;
   };
@@ -51,9 +55,11 @@ struct Plan {
     variants.resize(take());
     const int64_t modules = take();
     for (auto& v : variants) {
-      for (int64_t* field : {&v.max_tokens, &v.wide, &v.stride, &v.jobs_at, &v.starts_at, &v.thread_blocks,
-                             &v.modules_at, &v.parts_at, &v.preparations_at, &v.chunks, &v.prepared_columns})
+      for (int64_t* field : {&v.max_tokens, &v.stride, &v.modules_at, &v.parts_at, &v.preparations_at, &v.preparations,
+                             &v.prepared_columns})
         *field = take();
+      v.launches.resize(take());
+      for (auto& l : v.launches) l = {take(), take(), take(), take()};
       const int64_t parts = take();
       v.modules.resize(modules);
       for (auto& m : v.modules) fill(m);
@@ -110,25 +116,30 @@ struct Call {
         workspace = at::empty({count * v.stride}, x.options().dtype(at::kFloat));
       float* sums = workspace.mutable_data_ptr<float>();
       const Tokens part{static_cast<const char*>(x.const_data_ptr()) + first * x.size(1) * size, x.size(1), count};
-      const Launch work{reinterpret_cast<const Job*>(at(v.jobs_at)),
-                        at(v.starts_at),
-                        int(v.thread_blocks),
-                        sums,
-                        v.stride,
-                        int(plan.shared_bytes),
-                        stream};
       const Tensor room = at::empty({count * v.prepared_columns}, x.options());
       const Tokens prepared{room.const_data_ptr(), v.prepared_columns, count};
-      if (v.chunks)
-        C10_CUDA_CHECK(prepare(type, layer, part, reinterpret_cast<const Preparation*>(at(v.preparations_at)), v.chunks,
-                               room.mutable_data_ptr(), v.prepared_columns, sums, v.stride, stream));
-      if (v.wide >= 0) {
-        const auto wide = type == Type::kHalf ? multiply_wide_half : multiply_wide_bfloat16;
-        C10_CUDA_CHECK(wide(Kind(v.wide), layer, part, prepared, v.max_tokens, work));
-      } else if (plan.stationary) {
-        C10_CUDA_CHECK(multiply(type, layer, part, prepared, work));
-      } else {
-        C10_CUDA_CHECK(multiply_compact(type, layer, part, work));
+      if (v.preparations)
+        C10_CUDA_CHECK(prepare(type, layer, part, reinterpret_cast<const Preparation*>(at(v.preparations_at)),
+                               v.preparations, room.mutable_data_ptr(), v.prepared_columns, sums, v.stride, stream));
+      for (const auto& l : v.launches) {
+        const Launch work{reinterpret_cast<const Job*>(at(l.jobs_at)),
+                          at(l.starts_at),
+                          int(l.thread_blocks),
+                          sums,
+                          v.stride,
+                          int(plan.shared_bytes),
+                          stream};
+        if (l.wide >= 0) {
+          const bool half = type == Type::kHalf, many = v.max_tokens > 32;
+          const auto wide = half   ? many ? multiply_wide_half_many : multiply_wide_half_few
+                            : many ? multiply_wide_bfloat16_many
+                                   : multiply_wide_bfloat16_few;
+          C10_CUDA_CHECK(wide(Kind(l.wide), layer, part, prepared, v.max_tokens, work));
+        } else if (plan.stationary) {
+          C10_CUDA_CHECK(multiply(type, layer, part, prepared, work));
+        } else {
+          C10_CUDA_CHECK(multiply_compact(type, layer, part, work));
+        }
       }
       C10_CUDA_CHECK(finish(type, v.modules.data(), v.modules.size(), v.parts.data(), v.parts.size(),
                             reinterpret_cast<const Module*>(at(v.modules_at)),
@@ -264,17 +275,17 @@ Stream stream_of(const Tensor& words, int64_t columns, int64_t bits, int64_t shi
 
 // Both take words [rows, row_words] that are followed in memory by at least one more word.
 std::tuple<Tensor, Tensor> pack_sliced(const Tensor& words, int64_t columns, int64_t bits, int64_t shift, int64_t width,
-                                       int64_t slices, int64_t tiles) {
+                                       int64_t slice_bits, int64_t slices, int64_t tiles) {
   const c10::cuda::CUDAGuard guard(words.device());
   const cudaStream_t cuda_stream = c10::cuda::getCurrentCUDAStream();
   const Stream stream = stream_of(words, columns, bits, shift, width);
   Tensor counts = at::empty({slices * words.size(0) * tiles}, words.options());
-  C10_CUDA_CHECK(count_entries(stream, slices, tiles, counts.mutable_data_ptr<int32_t>(), cuda_stream));
+  C10_CUDA_CHECK(count_entries(stream, slice_bits, slices, tiles, counts.mutable_data_ptr<int32_t>(), cuda_stream));
   Tensor offsets = at::zeros({counts.size(0) + 1}, words.options());
   offsets.narrow(0, 1, counts.size(0)).copy_(((counts + 31).bitwise_right_shift(5)).cumsum(0));
   Tensor lists = at::empty({offsets[-1].item<int64_t>() * 32}, words.options());
-  C10_CUDA_CHECK(fill_lists(stream, slices, tiles, offsets.const_data_ptr<int32_t>(), lists.mutable_data_ptr<int32_t>(),
-                            cuda_stream));
+  C10_CUDA_CHECK(fill_lists(stream, slice_bits, slices, tiles, offsets.const_data_ptr<int32_t>(),
+                            lists.mutable_data_ptr<int32_t>(), cuda_stream));
   return {lists, offsets};
 }
 

@@ -21,13 +21,13 @@ from vllm_vptq.layouts.work import ABSENT, Kind
 WARPS, WARP_COLUMNS, SHARED_BYTES = 16, 256, 227 * 1024
 OWN_SHARED_BYTES = 1024
 """At most, of what a block has, for the job, barriers and alignment."""
-SLICE_BITS, SLICE_ROWS = 13, 8192
+SLICE_ROWS = 8192
 TILE_COLUMNS, TILE_ROWS, SPAN_TILES = 2048, 2056, 2
 STEPS = {Kind.BYTES: 16, Kind.BYTE_PAIRS: 8, Kind.SHORTS: 8, Kind.FAR: 8, Kind.FAR_BYTES: 8}
 """Of 16 columns, whose codes for 16 outputs a warp loads at once: 16 bytes a lane."""
-GRANULE, WIDE_TILES, TILE_OUTPUTS = 256, 12, 16
-RING_BYTES, GATHERED_BYTES = 32 * 1024, 8 * 1024
-"""Of activations in wide.cuh; of vectors that a warp gathers for a granule."""
+GRANULE, TILE_OUTPUTS, COUNTED_SUMS = 256, 16, 64
+RING_BYTES, LARGE_RING_BYTES, GATHERED_BYTES = 32 * 1024, 64 * 1024, 8 * 1024
+"""Of activations in wide.cuh, and for 128 tokens where there is room; of vectors that a warp gathers for a granule."""
 LANES = np.arange(32)
 LANE_OF_ROW = LANES & ~24 | (LANES & 8) << 1 | (LANES & 16) >> 1
 HIGH, LOW = 0xFFF80000, 0x7FFFF
@@ -52,13 +52,13 @@ def stream(words: Tensor, columns: int, bits: int, shift: int, width: int) -> np
 
 
 def pack_sliced(
-    words: Tensor, columns: int, bits: int, shift: int, width: int, slices: int, tiles: int
+    words: Tensor, columns: int, bits: int, shift: int, width: int, slice_bits: int, slices: int, tiles: int
 ) -> tuple[Tensor, Tensor]:
     """Lists ``[slices, rows, tiles]`` of entries, and where each begins, in groups of 32 entries."""
     index, rows = stream(words, columns, bits, shift, width), words.shape[0]
     row, column = (a.reshape(-1) for a in np.indices(index.shape))
     index = index.reshape(-1)
-    key = ((index >> SLICE_BITS) * rows + row) * tiles + column // TILE_COLUMNS
+    key = ((index >> slice_bits) * rows + row) * tiles + column // TILE_COLUMNS
     counts = np.bincount(key, minlength=slices * rows * tiles)
     assert len(counts) == slices * rows * tiles, "an index beyond the slices, or a column beyond the tiles"
     offsets = np.concatenate([[0], np.cumsum(-(-counts // 32))])
@@ -68,7 +68,7 @@ def pack_sliced(
     order = np.lexsort((np.random.default_rng(0).permutation(len(key)), key))
     place = offsets[key[order]] * 32 + np.arange(len(key)) - (np.cumsum(counts) - counts)[key[order]]
     made = (column // TILE_COLUMNS % SPAN_TILES * TILE_ROWS + column % TILE_COLUMNS) << 19
-    entries[place] = (made | (index & (SLICE_ROWS - 1)) << 2)[order]
+    entries[place] = (made | (index & ((1 << slice_bits) - 1)) << 2)[order]
     groups = entries.reshape(-1, 32)
     return _int32((groups & HIGH) | (groups[:, LANE_OF_ROW] & LOW)), _int32(offsets)
 
@@ -153,7 +153,7 @@ for _op in (pack_sliced, pack_resident):
 # ---------------------------------------------------------------------------------------------------------------
 # Plan
 
-_SIZES = {work.Job: 24, work.Part: 8, work.Module: 9, work.Preparation: 6}
+_SIZES = {work.Job: 25, work.Part: 8, work.Module: 9, work.Preparation: 7}
 
 
 class Plan:
@@ -179,22 +179,21 @@ class Plan:
         sizes = take("variants", "modules")
         self.variants = []
         for _ in range(sizes.variants):
-            v = take("max_tokens", "wide", "stride", "jobs_at", "starts_at", "thread_blocks", "modules_at", "parts_at")
-            placed = take("preparations_at", "chunks", "prepared_columns")
+            v = take("max_tokens", "stride", "modules_at", "parts_at")
+            placed = take("preparations_at", "preparations", "prepared_columns")
+            v.launches = [take("wide", "jobs_at", "starts_at", "thread_blocks") for _ in range(next(rest))]
             parts = next(rest)
-            v.prepared_columns, v.preparations = placed.prepared_columns, []
-            while sum(p.chunks for p in v.preparations) < placed.chunks:
-                at = placed.preparations_at + len(v.preparations) * _SIZES[work.Preparation]
-                v.preparations += stored(work.Preparation, at, 1)
-            assert sum(p.chunks for p in v.preparations) == placed.chunks
+            v.prepared_columns = placed.prepared_columns
+            v.preparations = stored(work.Preparation, placed.preparations_at, placed.preparations)
             v.modules, v.parts = here(work.Module, sizes.modules), here(work.Part, parts)
             # On the device too, for layers of many modules.
             assert v.modules == stored(work.Module, v.modules_at, sizes.modules)
             assert v.parts == stored(work.Part, v.parts_at, parts)
-            starts = words[v.starts_at : v.starts_at + v.thread_blocks + 1]
-            assert len(starts) == v.thread_blocks + 1 and starts[0] == 0 and starts == sorted(starts)
-            jobs = stored(work.Job, v.jobs_at, starts[-1])
-            v.jobs = [jobs[lo:hi] for lo, hi in pairwise(starts)]
+            for launch in v.launches:
+                starts = words[launch.starts_at : launch.starts_at + launch.thread_blocks + 1]
+                assert len(starts) == launch.thread_blocks + 1 and starts[0] == 0 and starts == sorted(starts)
+                jobs = stored(work.Job, launch.jobs_at, starts[-1])
+                launch.jobs = [jobs[lo:hi] for lo, hi in pairwise(starts)]
             self.variants.append(v)
         self.decodings = [
             SimpleNamespace(
@@ -210,18 +209,20 @@ class Plan:
         assert self.stationary and self.shared_bytes % 16 == 0
         assert self.shared_bytes + OWN_SHARED_BYTES <= SHARED_BYTES
         for v in self.variants:
-            assert v.max_tokens in (8, 16, 32, 64) and 0 < len(v.jobs) <= processors and all(v.jobs)
+            assert v.max_tokens in (8, 16, 32, 64, 128)
             assert v.stride % 2 == 0  # sums are stored in pairs
-            jobs = [job for jobs in v.jobs for job in jobs]
-            _check_dots(v, [job for job in jobs if job.kind == Kind.DOT])
-            jobs = [job for job in jobs if job.kind != Kind.DOT]
-            for job in jobs:
-                assert 0 <= job.row_begin < job.row_end and 0 <= job.column_begin < job.column_end
-            if v.wide == ABSENT:
-                assert v.max_tokens <= 16
-                _check_few(v.max_tokens, jobs)
-            else:
-                _check_wide(v, jobs)
+            _check_dots(v, [job for launch in v.launches for job in flat(launch) if job.dot != ABSENT])
+            assert 1 <= len(v.launches) <= 2 and all(launch.wide != ABSENT for launch in v.launches[1:])
+            for launch in v.launches:
+                assert 0 < len(launch.jobs) <= processors and all(launch.jobs)
+                jobs = flat(launch)
+                for job in jobs:
+                    assert 0 <= job.row_begin < job.row_end and 0 <= job.column_begin < job.column_end
+                if launch.wide == ABSENT:
+                    assert v.max_tokens <= 16
+                    _check_few(v.max_tokens, jobs)
+                else:
+                    _check_wide(v, launch.wide, jobs)
         assert all(a.max_tokens < b.max_tokens for a, b in pairwise(self.variants))
         for d in self.decodings:
             assert d.job.width == 8 or (d.job.kind == Kind.FAR and d.residual.kind in (Kind.FAR, ABSENT))
@@ -229,14 +230,19 @@ class Plan:
             assert d.residual.kind == ABSENT or d.residual.width == d.job.width
 
 
-def _check_dots(v: SimpleNamespace, dots: list[work.Job]) -> None:
-    """All tokens at once, every part of the product once: by jobs, or before them."""
+def flat(launch: SimpleNamespace) -> list[work.Job]:
+    """The jobs of all thread blocks."""
+    return [job for jobs in launch.jobs for job in jobs]
+
+
+def _check_dots(v: SimpleNamespace, jobs: list[work.Job]) -> None:
+    """Every part of the product once: by the first job of a list's columns, or before."""
     parts = sorted(m.dot + i for m in v.modules for i in range(m.dots))
     assert len(set(parts)) == len(parts) and all((m.dot == ABSENT) == (m.dots == 0) for m in v.modules)
-    made = [job.out for job in dots] + [p.dot + i for p in v.preparations if p.dot != ABSENT for i in range(p.chunks)]
+    made = [job.dot for job in jobs if job.row_begin == 0]
+    made += [p.dot for p in v.preparations if p.dot != ABSENT]
     assert sorted(made) == parts
-    assert not dots or v.max_tokens <= 8
-    assert all((job.row_begin, job.row_end) == (0, v.max_tokens) for job in dots)
+    assert not jobs or (v.max_tokens <= 8 and all(job.kind == Kind.SLICED for job in jobs))
 
 
 def _check_few(max_tokens: int, jobs: list[work.Job]) -> None:
@@ -244,20 +250,24 @@ def _check_few(max_tokens: int, jobs: list[work.Job]) -> None:
     step = TILE_COLUMNS * (2 if max_tokens == 8 else 1)
     for job in jobs:
         columns = job.column_end - job.column_begin
-        assert job.width == 8 and job.out % 2 == 0
+        assert job.out % 2 == 0
         if job.kind == Kind.SLICED:
-            assert columns <= step and job.column_begin % step == 0 and job.book_rows <= SLICE_ROWS
+            assert columns <= step and job.column_begin % step == 0
+            assert (job.width, job.res_book == ABSENT) in ((8, True), (16, False))
+            assert job.book_rows <= SLICE_ROWS * 8 // job.width
         else:
+            assert job.width == 8
             assert job.kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS)
             assert columns <= WARPS * WARP_COLUMNS and job.column_begin % (STEPS[Kind(job.kind)] * 16) == 0
 
 
-def _check_wide(v: SimpleNamespace, jobs: list[work.Job]) -> None:
+def _check_wide(v: SimpleNamespace, wide: int, jobs: list[work.Job]) -> None:
     """wide.cuh: each strip of outputs comes in pieces by columns, whose sums are splits 0, 1, .. of a part."""
-    assert v.wide == (jobs[0].kind if len({job.kind for job in jobs}) == 1 else Kind.DOT)
+    assert wide == (jobs[0].kind if len({job.kind for job in jobs}) == 1 else Kind.DOT)
+    most = wide_tiles(v.max_tokens, wide)
     strips: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for job in jobs:
-        assert job.row_begin % WIDE_TILES == 0 and job.row_end <= job.row_begin + WIDE_TILES
+        assert job.row_begin % most == 0 and job.row_end <= job.row_begin + most
         assert job.column_begin % GRANULE == 0 and (job.scale == ABSENT or job.scale % 4 == 0)  # loaded by four
         assert job.width == 8 or (job.kind == Kind.FAR and job.width == 16)
         if job.source != ABSENT:
@@ -270,9 +280,14 @@ def _check_wide(v: SimpleNamespace, jobs: list[work.Job]) -> None:
         pieces.sort()
         assert [lo for lo, _, _ in pieces] == [0, *(hi for _, hi, _ in pieces[:-1])]
         assert sorted(split for _, _, split in pieces) == list(range(len(pieces)))
-    for p, part in enumerate(v.parts):
-        counts = [len(pieces) for (q, _), pieces in sorted(strips.items()) if q == p]
+    for p in {p for p, _ in strips}:
+        part, counts = v.parts[p], [len(pieces) for (q, _), pieces in sorted(strips.items()) if q == p]
         assert part.splits == max(counts) and (part.counts != ABSENT or min(counts) == max(counts))
+
+
+def wide_tiles(tokens: int, kind: int) -> int:
+    """Tiles of 16 outputs that a block of wide.cuh computes at once."""
+    return 16 if tokens <= 32 and kind in (Kind.BYTES, Kind.BYTE_PAIRS, Kind.SHORTS) else 12
 
 
 class Shared:

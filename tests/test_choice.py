@@ -213,10 +213,11 @@ def test_jobs_of_the_compact_layout_cover_the_layer():
     plan = Plan(made.work.tolist(), made.plan)
     assert not plan.stationary
     (v,) = plan.variants
-    assert v.wide == work.ABSENT and all(len(jobs) == 1 for jobs in v.jobs)
+    (launch,) = v.launches
+    assert launch.wide == work.ABSENT and all(len(jobs) == 1 for jobs in launch.jobs)
     covered = torch.zeros(2, 2, 25, 1250, dtype=torch.int32)  # codes, plane, row, column
     places: set[tuple[int, int]] = set()
-    jobs = [job for (job,) in v.jobs if job.kind != Kind.DOT]
+    jobs = [job for (job,) in launch.jobs if job.kind != Kind.DOT]
     assert all(job.kind == Kind.COMPACT for job in jobs)
     offsets = sorted({job.codes for job in jobs})
     for job in jobs:

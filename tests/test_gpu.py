@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 LAYOUTS = ["compact", "aligned", "stationary"]
 DEVICE = torch.device("cuda")
 DTYPES = [torch.float16, torch.bfloat16]
-TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 16, 17, 32, 40, 64, 100, 300]
+TOKENS = [1, 2, 3, 4, 5, 8, 9, 13, 16, 17, 32, 40, 64, 65, 128, 140, 300]
 
 FORMATS = {
     "v8-k65536": dict(vector_len=8, num_centroids=65536),
@@ -69,7 +69,7 @@ class Layer:
             self.layout = streams.build(small, self.in_features, hardware.processors, 16)
         else:
             lists = layout == "stationary"
-            self.layout = stationary.build(self.shards, dtype, DEVICE, hardware, 128, lists)
+            self.layout = stationary.build(self.shards, dtype, DEVICE, hardware, 160, lists)
         self.bias = torch.randn(len(self.weight), device=DEVICE).to(dtype)
         self.run = self._look_up
 
@@ -135,9 +135,9 @@ def test_as_a_model_is_served(name, layout):
         extras = EXTRAS[extra]
         spec = LayerSpec(300 + extras.get("outlier_size", 0), 117, **FORMATS[name], **extras)
         layer = Layer([spec, None, spec], torch.bfloat16, "compact")
-        layer.layout, tensors = choice.lay_out(layout, layer.shards, layer.dtype, DEVICE, 80)
+        layer.layout, tensors = choice.lay_out(layout, layer.shards, layer.dtype, DEVICE, 140)
         layer.run = lambda x, bias, made=layer.layout, tensors=tensors: made.apply(x, bias, **tensors)
-        for count in (1, 8, 20, 80, 81):
+        for count in (1, 8, 20, 80, 140, 141):
             layer.check(layer.tokens(count))
         torch.testing.assert_close(layer.layout.weight(**tensors).double(), layer.weight, rtol=2e-2, atol=2e-2)
 
@@ -166,7 +166,7 @@ def test_shapes(shape, layout):
     """(out, in): tails of every kind, several tiles and spans of columns, one column, one row."""
     for name in ("v8-k65536", "v8-k256-256", "v6-k4096", "v8-k65536-256"):
         layer = Layer([LayerSpec(shape[1], shape[0], **FORMATS[name])], torch.float16, layout)
-        for count in (1, 8, 16, 33, 130):
+        for count in (1, 8, 16, 33, 100, 170):
             layer.check(layer.tokens(count))
 
 
@@ -192,7 +192,7 @@ def test_kernels_of_few_tokens(name, extra, monkeypatch):
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-4096"])
 def test_deterministic_and_rows_alone(name, layout):
     layer = Layer([LayerSpec(4500, 264, **FORMATS[name])], torch.float16, layout)
-    for count in (1, 8, 16, 64):
+    for count in (1, 8, 16, 64, 128):
         x = layer.tokens(count)
         y = layer(x)
         for _ in range(5):

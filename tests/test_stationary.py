@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.packers import (
+    COUNTED_SUMS,
     GATHERED_BYTES,
     GRANULE,
     LANE_OF_ROW,
     LANES,
+    LARGE_RING_BYTES,
     RING_BYTES,
     SLICE_ROWS,
     SPAN_TILES,
@@ -32,10 +34,10 @@ from tests.packers import (
     TILE_OUTPUTS,
     TILE_ROWS,
     WARPS,
-    WIDE_TILES,
     Plan,
     Shared,
     entry_of_image_row,
+    flat,
     image_row,
     round8,
 )
@@ -46,8 +48,6 @@ from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.work import ABSENT, PREPARE_COLUMNS, Job, Kind, LookupLayout, Module
 from vllm_vptq.parameters import ModuleShard, cut_module
 
-RING_ROWS = RING_BYTES // 16
-STRIP_SUMS = WIDE_TILES * TILE_OUTPUTS
 STRIP_COLUMNS = 32
 """Of a warp of decode.cu."""
 
@@ -110,26 +110,28 @@ class Kernels:
     def _multiply(self, v: SimpleNamespace, x: np.ndarray) -> np.ndarray:
         workspace = Workspace(len(x), v.stride)
         prepared = self._prepare(v, x, workspace)
-        for jobs in v.jobs:
+        for wide, jobs in ((launch.wide, jobs) for launch in v.launches for jobs in launch.jobs):
             shared = Shared(self.plan.shared_bytes)
             for job in jobs:
-                if job.kind == Kind.DOT:
-                    self._dot(job, x, workspace)
-                    shared.spoil(0 if v.wide == ABSENT else RING_ROWS, 2 * WARPS * 4 // 16)
-                    shared.held = ()
-                    continue
+                end = -(-job.column_end // GRANULE) * GRANULE
                 if job.source != ABSENT:
+                    assert wide == ABSENT or (prepared[:, job.source + job.column_end : job.source + end] == 0).all()
                     acts = prepared[:, job.source + job.column_begin : job.source + job.column_end].T
                 else:
-                    # wide.cuh copies activations of more than 8 tokens as they are, 16 bytes at a time.
-                    assert v.max_tokens == 8 or job.scale == job.column_list == ABSENT
-                    assert v.max_tokens == 8 or x.shape[1] % 8 == 0
+                    assert job.column_list == ABSENT and x.shape[1] % 8 == 0
+                    assert job.scale == ABSENT or (v.max_tokens == 8 and job.kind == Kind.SLICED)
+                    assert wide == ABSENT or job.column_end in (end, x.shape[1])
                     scaled = x * self._norm(job.scale, x.shape[1], 1)
-                    acts = scaled[:, self._sources(job)[job.column_begin :]].T
-                if v.wide != ABSENT:
-                    assert job.kind == v.wide or v.wide == Kind.DOT
-                    self._wide(job, acts, shared, workspace)
+                    acts = scaled[:, job.column_begin : job.column_end].T
+                if wide != ABSENT:
+                    assert job.kind == wide or wide == Kind.DOT
+                    self._wide(job, acts, _ring_rows(v.max_tokens, wide), shared, workspace)
                 elif job.kind == Kind.SLICED:
+                    if job.dot != ABSENT and job.row_begin == 0:
+                        assert job.source == ABSENT
+                        products = x * self._norm(job.shift, x.shape[1], 1)
+                        dot = products[:, job.column_begin : job.column_end].sum(1, keepdims=True)
+                        workspace.store(job.dot, dot)
                     self._sliced(job, acts, 1 if len(x) <= 8 else 2, shared, workspace)
                 else:
                     self._resident(job, acts, 1 if len(x) <= 8 else 2, shared, workspace)
@@ -140,31 +142,26 @@ class Kernels:
     def _prepare(self, v: SimpleNamespace, x: np.ndarray, workspace: Workspace) -> np.ndarray:
         prepared = np.full((len(x), v.prepared_columns), np.nan)
         for p in v.preparations:
-            sources = np.arange(p.columns)
+            assert p.column_begin % PREPARE_COLUMNS == 0 and 0 < p.column_end - p.column_begin <= PREPARE_COLUMNS
+            sources = np.arange(p.column_end)
             if p.column_list != ABSENT:
-                sources = self._take("columns", p.column_list, p.columns)
+                sources = self._take("columns", p.column_list, p.column_end)
+            sources = sources[p.column_begin :]
             if p.at != ABSENT:
-                assert p.at % 8 == 0 and np.isnan(prepared[:, p.at : p.at + p.columns]).all()
-                prepared[:, p.at : p.at + p.columns] = (x * self._norm(p.scale, x.shape[1], 1))[:, sources]
+                assert p.at % 8 == 0 and np.isnan(prepared[:, p.at : p.at + len(sources)]).all()
+                prepared[:, p.at + len(sources) : p.at + -(-len(sources) // GRANULE) * GRANULE] = 0
+                prepared[:, p.at : p.at + len(sources)] = (x * self._norm(p.scale, x.shape[1], 1))[:, sources]
             if p.dot != ABSENT:
                 products = (x * self._norm(p.shift, x.shape[1], 1))[:, sources]
-                for i, begin in enumerate(range(0, p.columns, PREPARE_COLUMNS)):
-                    part = products[:, begin : begin + PREPARE_COLUMNS].sum(1, keepdims=True)
-                    workspace.store(p.dot + i, part)
+                workspace.store(p.dot, products.sum(1, keepdims=True))
         return prepared
-
-    # dot.cuh
-
-    def _dot(self, job: Job, x: np.ndarray, workspace: Workspace) -> None:
-        part = x[job.row_begin : job.row_end, job.column_begin : job.column_end]
-        shift = self._norm(job.shift, job.column_end, 1)[job.column_begin :]
-        workspace.store(job.out, (part * shift).sum(1, keepdims=True), job.row_begin)
 
     # sliced.cuh
 
     def _sliced(self, job: Job, acts: np.ndarray, octets: int, shared: Shared, workspace: Workspace) -> None:
         if shared.held != (job.book,):  # else left by the job before
-            shared.put(np.arange(job.book_rows), self._book(job.book, job.book_rows))
+            for plane, at in enumerate([job.book, job.res_book][: job.width // 8]):
+                shared.put(plane * (SLICE_ROWS // 2) + np.arange(job.book_rows), self._book(at, job.book_rows))
             shared.held = (job.book,)
         tiles = SPAN_TILES // octets
         shared.spoil(SLICE_ROWS, octets * tiles * TILE_ROWS)
@@ -176,7 +173,9 @@ class Kernels:
             at, slice_row = self._entries(job, row, first_tile, last_tile)
             at = at - first_tile % SPAN_TILES * TILE_ROWS
             assert (at >= 0).all()
-            workspace.store(job.out + row * 8, tile[at].T @ shared.rows[slice_row])
+            for plane in range(job.width // 8):
+                sums = tile[at].T @ shared.rows[plane * (SLICE_ROWS // 2) + slice_row]
+                workspace.store(job.out + row * job.width + plane * 8, sums)
 
     def _entries(self, job: Job, row: int, first_tile: int, last_tile: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the entries of lists, padding included: the column as a row of shared memory, and the row of the slice."""
@@ -247,9 +246,9 @@ class Kernels:
 
     # wide.cuh
 
-    def _wide(self, job: Job, acts: np.ndarray, shared: Shared, workspace: Workspace) -> None:
+    def _wide(self, job: Job, acts: np.ndarray, images: int, shared: Shared, workspace: Workspace) -> None:
         first, granules = job.column_begin // GRANULE, -(-len(acts) // GRANULE)
-        images, held = RING_ROWS, (job.book, job.res_book)
+        held = (job.book, job.res_book)
         if job.kind == Kind.FAR:
             shared.held = ()
         elif shared.held != held:
@@ -265,7 +264,7 @@ class Kernels:
 
         if job.kind in (Kind.FAR, Kind.FAR_BYTES):
             residual = round8(job.res_rows) * 8 if job.kind == Kind.FAR_BYTES else 0
-            shared.spoil(images + residual, WIDE_TILES * GATHERED_BYTES // 16)
+            shared.spoil(images + residual, 12 * GATHERED_BYTES // 16)
             vectors = self._gather(job, codes())
             if job.kind == Kind.FAR_BYTES:
                 assert job.width == 8 and job.list_tiles
@@ -298,8 +297,8 @@ class Kernels:
                 mine = (within >= 0) & (within < part.width)
                 sums, splits = vector_row * part.width + within, np.full(len(n), part.splits)
                 if part.counts != ABSENT:
-                    splits = self._take("work", part.counts, (vector_row.max() * part.width) // STRIP_SUMS + 1)
-                    splits = splits[vector_row * part.width // STRIP_SUMS]
+                    splits = self._take("work", part.counts, (vector_row.max() * part.width) // COUNTED_SUMS + 1)
+                    splits = splits[vector_row * part.width // COUNTED_SUMS]
                     assert ((splits > 0) & (splits <= part.splits)).all()
                 for s in range(part.splits):
                     there = np.flatnonzero(mine & (s < splits))
@@ -397,6 +396,12 @@ def decoded_by(block: int, blocks: int, spans: int, rows: int) -> Iterator[tuple
         unit = end
 
 
+def _ring_rows(tokens: int, kind: int) -> int:
+    """Of the ring of activations in wide.cuh, behind which books lie."""
+    large = tokens == 128 and kind not in (Kind.SHORTS, Kind.DOT)
+    return (LARGE_RING_BYTES if large else RING_BYTES) // 16
+
+
 class Workspace:
     """Sums ``[tokens, stride]``."""
 
@@ -418,17 +423,18 @@ def check(
     has what it can.
     """
     dense = weight.double().numpy()
-    x = np.random.default_rng(0).standard_normal((69, dense.shape[1]))
+    x = np.random.default_rng(0).standard_normal((140, dense.shape[1]))
     plans = []
     for layout in (build(shards, processors, dtype, lists=False), build(shards, processors, dtype, most=16)):
         assert layout.books.dtype == dtype and layout.books.numel() % 8 == 0
         kernels = Kernels(layout)
         kernels.plan.check_limits(processors)
-        for tokens in (5, 13, 29, 69):  # the last one in two launches
+        for tokens in (5, 13, 29, 69, 140):  # the last one in two launches
             np.testing.assert_allclose(kernels.linear(x[:tokens]), x[:tokens] @ dense.T, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(kernels.weight(40), dense, rtol=1e-12, atol=1e-12)
         plans.append(kernels.plan)
-    assert [[v.max_tokens for v in plan.variants if v.wide != ABSENT] for plan in plans] == [[8, 16, 32, 64], [32, 64]]
+    by_wide = [[v.max_tokens for v in plan.variants if v.launches[0].wide != ABSENT] for plan in plans]
+    assert by_wide == [[8, 16, 32, 64, 128], [32, 64, 128]]
     return plans
 
 
@@ -515,7 +521,7 @@ def test_fused(processors):
     rows = LayerSpec(520, 33, **FORMATS["v8-k256-256"], **EXTRAS["row norm"])
     for plan in check(*fused_layer([plain, None, normed, rows, None, plain]), processors):
         assert [m.dense for m in plan.variants[0].modules] == [0, 1, 0, 0, 1, 0]
-        assert {v.wide for v in plan.variants} <= {ABSENT, Kind.DOT}
+        assert {v.launches[0].wide for v in plan.variants} <= {ABSENT, Kind.DOT}
 
 
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-64", "v6-k4096", "v20-k16384-65536"])
@@ -535,7 +541,7 @@ def test_shapes(name, shape):
         if shape[1] > 4096:
             for v in plan.variants:
                 assert all(part.splits > 1 for part in v.parts)
-                assert len({job.column_begin for jobs in v.jobs for job in jobs}) > 1
+                assert all(len({job.column_begin for job in flat(launch)}) > 1 for launch in v.launches)
 
 
 @pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v6-k4096", "v20-k16384-65536"])
@@ -544,38 +550,41 @@ def test_outputs_in_more_or_fewer_pieces(name):
     uneven = set()
     for processors in (1, 4, 5, 7):
         plans = check(*fused_layer([LayerSpec(2900, 500, **FORMATS[name], **EXTRAS["column norm"])]), processors)
-        parts = [part for plan in plans for v in plan.variants if v.wide != ABSENT for part in v.parts]
+        parts = [part for plan in plans for v in plan.variants for part in v.parts]
         if any(part.counts != ABSENT for part in parts):
             uneven.add(processors)
     assert uneven and 1 not in uneven
 
 
 @pytest.mark.parametrize(
-    ("names", "wide", "most"),
+    ("names", "wide", "most", "beside"),
     [
-        ("v8-k65536", Kind.FAR, 16),
-        ("v8-k65536 v8-k256-256", Kind.DOT, 16),
-        ("v8-k65536-512", Kind.DOT, 16),
-        ("v8-k65536 v8-k16-16384", Kind.DOT, 16),
-        ("v8-k65536-256", Kind.FAR_BYTES, 8),
-        ("v12-k65536", Kind.FAR, 8),
-        ("v8-k65536 v12-k65536", Kind.FAR, 8),
-        ("v8-k256-256", Kind.BYTE_PAIRS, 0),
-        ("v8-k8192 v6-k4096", Kind.SHORTS, 0),
-        ("v20-k512-4", Kind.DOT, 0),
+        ("v8-k65536", Kind.FAR, 16, None),
+        ("v8-k65536 v8-k256-256", Kind.DOT, 16, Kind.BYTE_PAIRS),
+        ("v8-k65536-512", Kind.DOT, 16, Kind.SHORTS),
+        ("v8-k65536 v8-k16-16384", Kind.DOT, 16, Kind.BYTES),
+        ("v8-k65536-256", Kind.FAR_BYTES, 16, Kind.BYTES),
+        ("v8-k65536-256 v8-k65536-512", Kind.DOT, 16, Kind.DOT),
+        ("v12-k65536", Kind.FAR, 8, None),
+        ("v8-k65536 v12-k65536", Kind.FAR, 8, None),
+        ("v8-k256-256", Kind.BYTE_PAIRS, 0, None),
+        ("v8-k8192 v6-k4096", Kind.SHORTS, 0, None),
+        ("v20-k512-4", Kind.DOT, 0, None),
     ],
 )
-def test_which_kernel_serves(names, wide, most):
+def test_which_kernel_serves(names, wide, most, beside):
+    """``beside``: by a launch of its own, after that of the lists."""
     shards, weight = fused_layer([LayerSpec(320, 61, **FORMATS[name]) for name in names.split()])
     x = np.random.default_rng(1).standard_normal((69, 320))
     for tensor_groups in (True, False):
         layout = build(shards, tensor_groups=tensor_groups)
         kernels = Kernels(layout)
         kernels.plan.check_limits(132)
-        expected = [(tokens, ABSENT if tokens <= most else wide) for tokens in (8, 16, 32, 64)]
+        few = [ABSENT] if beside is None else [ABSENT, beside]
+        expected = [(tokens, few if tokens <= most else [wide]) for tokens in (8, 16, 32, 64, 128)]
         if not tensor_groups:
-            expected = [(8, ABSENT), (16, ABSENT)]
-        assert [(v.max_tokens, v.wide) for v in kernels.plan.variants] == expected
+            expected = [(8, [ABSENT]), (16, [ABSENT])]
+        assert [(v.max_tokens, [launch.wide for launch in v.launches]) for v in kernels.plan.variants] == expected
         assert kernels.plan.direct_tokens == 64
         for tokens in (3, 13, 69):
             expected_y = x[:tokens] @ weight.double().numpy().T
@@ -610,7 +619,7 @@ def test_neighbours_share_a_slice():
     shards, weight = fused_layer([LayerSpec(9000, 24, **FORMATS["v8-k65536"])])
     _, plan = check(shards, weight, processors=1)
     for v, ranges in zip(plan.variants[:2], (3, 5), strict=True):
-        (jobs,) = v.jobs
+        (jobs,) = v.launches[0].jobs
         assert [job.book for job in jobs] == [SLICE_ROWS * s for s in range(8) for _ in range(ranges)]
 
 

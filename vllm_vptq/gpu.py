@@ -21,7 +21,8 @@ _DEFINITIONS = (
     "Tensor work, int[] plan) -> Tensor",
     "lookup_weight(Tensor codes, Tensor books, Tensor? norm, Tensor? columns, Tensor? dense, Tensor work, int[] plan)"
     " -> Tensor",
-    "pack_sliced(Tensor words, int columns, int bits, int shift, int width, int slices, int tiles) -> (Tensor, Tensor)",
+    "pack_sliced(Tensor words, int columns, int bits, int shift, int width, int slice_bits, int slices, int tiles)"
+    " -> (Tensor, Tensor)",
     "pack_resident(Tensor words, int columns, int bits, int shift, int width, int res_shift, int res_width, int kind, "
     "int loads, int book_rows, int copies, int vector_width) -> Tensor",
 )

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kCompactThreads)
   const T* books = static_cast<const T*>(layer.books);
   const Entry<T> book(books + job.book, job.vector_len, job.plane);
   const Entry<T> residual(books + max(job.res_book, 0), job.vector_len, job.plane);
-  const bool has_scale = job.scale >= 0, has_list = job.column_list >= 0;  // rather than null: see inputs.cuh
+  const bool has_scale = job.scale >= 0, has_list = job.column_list >= 0;  // rather than null: see prepare.cu
   const float* scale = layer.norm + job.scale;
   const int32_t* list = layer.columns + job.column_list;
   const int bits = job.index_bits + job.res_bits;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kCompactThreads)
   const T* books = static_cast<const T*>(layer.books);
   const Entry<T> book(books + job.book, job.vector_len, plane);
   const Entry<T> residual(books + max(job.res_book, 0), job.vector_len, plane);
-  const bool has_scale = job.scale >= 0, has_list = job.column_list >= 0;  // rather than null: see inputs.cuh
+  const bool has_scale = job.scale >= 0, has_list = job.column_list >= 0;  // rather than null: see prepare.cu
   const float *scale = layer.norm + job.scale, *shift = layer.norm + job.shift;
   const int32_t* list = layer.columns + job.column_list;
   const int32_t* words = layer.codes + job.codes + size_t(row) * job.row_words;

@@ -43,6 +43,23 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(unsigned pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
+// Two sums of 16-bit numbers, each rounded; `volatile`, lest they move behind a product that is begun after them.
+template <typename T>
+__device__ __forceinline__ void add_pairs(unsigned& to, unsigned pair) {
+  if constexpr (std::is_same_v<T, __half>) asm volatile("add.rn.f16x2 %0, %0, %1;" : "+r"(to) : "r"(pair));
+#if __CUDA_ARCH__ >= 900
+  else
+    asm volatile("add.rn.bf16x2 %0, %0, %1;" : "+r"(to) : "r"(pair));
+#endif
+}
+
+// A pair of activations times a norm's factors, rounded once.
+template <typename T>
+__device__ __forceinline__ unsigned scaled(unsigned pair, float2 factors) {
+  const float2 v = unpack<T>(pair);
+  return pack(Number<T>::narrow(v.x * factors.x), Number<T>::narrow(v.y * factors.y));
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -86,16 +103,6 @@ __device__ __forceinline__ void copy_async16_cached(uint32_t shared, const void*
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global));
 }
 
-// The first `bytes` of 16, and zeros.
-__device__ __forceinline__ void copy_async16(uint32_t shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes));
-}
-
-// Arrives, as one of those a barrier was initialised for, when this thread's copies so far are there.
-__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all but the last `Pending` groups of this thread's copies are there.
@@ -130,14 +137,20 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
+#define VPTQ_WAIT "try_wait"  // the thread sleeps for a while
+#else
+#define VPTQ_WAIT "test_wait"
+#endif
 __device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done)
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+    asm volatile("{\n.reg .pred p;\nmbarrier." VPTQ_WAIT ".parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
 }
+#undef VPTQ_WAIT
 
 // Index streams are read once: they need not push anything out of the L1 cache.
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
@@ -154,6 +167,28 @@ template <int Offset>
 __device__ __forceinline__ unsigned load_once(const unsigned* p) {
   unsigned r;
   asm volatile("ld.global.L1::no_allocate.u32 %0, [%1 + %2];" : "=r"(r) : "l"(p), "n"(Offset * 4));
+  return r;
+}
+
+// Weights, and what else no kernel writes, ahead of wait_for_previous: see above.
+__device__ __forceinline__ float load_ahead(const float* p) {
+  float r;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(r) : "l"(p));
+  return r;
+}
+__device__ __forceinline__ int load_ahead(const int32_t* p) {
+  int r;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(r) : "l"(p));
+  return r;
+}
+__device__ __forceinline__ float4 load_ahead(const float4* p) {
+  float4 r;
+  asm volatile("ld.global.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w) : "l"(p));
+  return r;
+}
+__device__ __forceinline__ float2 load_ahead(const float2* p) {
+  float2 r;
+  asm volatile("ld.global.v2.f32 {%0,%1}, [%2];" : "=f"(r.x), "=f"(r.y) : "l"(p));
   return r;
 }
 

@@ -14,7 +14,7 @@ __device__ __forceinline__ void multiply_dot(const Layer& layer, const Tokens& t
   constexpr int kTokens = 8, kColumns = 4;  // of a thread: so many loads are under way
   const int warps = blockDim.x / 32;
   const T* x = static_cast<const T*>(tokens.x);
-  const bool has_shift = job.shift >= 0;  // a flag rather than null: see inputs.cuh
+  const bool has_shift = job.shift >= 0;  // a flag rather than null: see prepare.cu
   const float* shift = layer.norm + job.shift;
   for (int first = job.row_begin; first < min(job.row_end, tokens.count); first += kTokens) {
     float sums[kTokens] = {};

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kFinishThreads = 128;
 constexpr int kFinishBlocks = 16;  // on a multiprocessor: 32 registers a thread
+constexpr int kBeside = 132;       // blocks: one on each of Hopper's multiprocessors
 
 // The records of an ordinary layer travel as arguments of the kernel: reading them from memory, cold as it is by now,
 // took longer than the sums.
@@ -22,9 +23,28 @@ struct Many {
   const Part* parts;
 };
 
-// `Share` neighbouring threads share a number: each adds its share of the splits. A thread has `Each` tokens' numbers
-// of an output. Registers are few, that blocks may wait beside those of the kernel whose sums they want.
-template <typename T, int Share, int Each, typename Records>
+// The sums of one output in a part of its module.
+struct Sums {
+  int at, splits;  // none: the output is in another part
+};
+__device__ __forceinline__ Sums sums_of(const Part& part, int n, const int32_t* work) {
+  const int vector_row = (n + part.skip) / part.vector_len, element = (n + part.skip) % part.vector_len;
+  const int within = element - part.plane * 8, at = vector_row * part.width + within;
+  if (within < 0 || within >= part.width) return {0, 0};
+  return {part.out + at,
+          part.counts < 0 ? part.splits : __ldg(work + part.counts + vector_row * part.width / kCountedSums)};
+}
+
+template <typename Records>
+__device__ __forceinline__ const Module& module_of(const Records& records, int module_count, int output) {
+  int m = 0;
+  while (m + 1 < module_count && output >= records.modules[m].out_end) m++;
+  return records.modules[m];
+}
+
+// `Share` neighbouring threads share a number: each adds its share of the splits. Registers are few, that blocks may
+// wait beside those of the kernel whose sums they want.
+template <typename T, int Share, typename Records>
 __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
     finish_kernel(const __grid_constant__ Records records, int module_count, const int32_t* __restrict__ work,
                   const float* __restrict__ workspace, int64_t stride, const float* __restrict__ norm,
@@ -33,42 +53,106 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
   let_next_start();
   if (output >= out_features) return;
   const unsigned together = ((1u << Share) - 1) << (threadIdx.x % 32 / Share * Share);
-  int m = 0;
-  while (m + 1 < module_count && output >= records.modules[m].out_end) m++;
-  const Module& module = records.modules[m];
+  const Module& module = module_of(records, module_count, output);
   if (module.dense) return;
-  const int n = output - module.out_begin;
+  const int n = output - module.out_begin, token = blockIdx.y;
   const float added = bias ? Number<T>::wide(bias[output]) : 0.f;
   const float factor = module.scale < 0 ? 1.f : norm[module.scale + n];
   const float offset = module.scale < 0 ? 1.f : norm[module.shift + n];
   wait_for_previous();
+  const float* sums = workspace + token * stride;
+  float product = 0.f;
+  for (int p = module.part_begin; p < module.part_end; p++) {
+    const Part& part = records.parts[p];
+    const Sums mine_of = sums_of(part, n, work);
+#pragma unroll 8
+    for (int s = mine; s < mine_of.splits; s += Share) product += __ldcg(sums + mine_of.at + int64_t(s) * part.stride);
+  }
+#pragma unroll
+  for (int o = 1; o < Share; o *= 2) product += __shfl_xor_sync(together, product, o);
+  float dot = 0.f;
+#pragma unroll 4
+  for (int d = 0; d < module.dots; d++) dot += __ldcg(sums + module.dot + d);
+  if (mine == 0) y[int64_t(token) * out_features + output] = Number<T>::narrow(product * factor + dot * offset + added);
+}
+
+// Two or four floats at once.
+template <int N>
+struct alignas(N * 4) Floats {
+  float values[N];
+};
+template <int N>
+__device__ __forceinline__ Floats<N> load_floats(const float* from) {
+  using Word = std::conditional_t<N == 4, float4, float2>;
+  const Word word = __ldcg(reinterpret_cast<const Word*>(from));
+  return *reinterpret_cast<const Floats<N>*>(&word);
+}
+
+// The same for many tokens, of which a thread has `Each`, and of each of those `Near` neighbouring outputs, which are
+// neighbours in the workspace too.
+template <typename T, int Near, int Each, typename Records>
+__global__ void __launch_bounds__(kFinishThreads, kFinishBlocks / 2)
+    finish_many_kernel(const __grid_constant__ Records records, int module_count, const int32_t* __restrict__ work,
+                       const float* __restrict__ workspace, int64_t stride, const float* __restrict__ norm,
+                       const T* __restrict__ bias, T* __restrict__ y, int out_features, int tokens) {
+  const int output = (blockIdx.x * kFinishThreads + threadIdx.x) * Near;
+  let_next_start();
+  if (output >= out_features) return;
+  const Module& module = module_of(records, module_count, output);
+  if (module.dense) return;
+  const int n = output - module.out_begin;
+  Sums mine = sums_of(records.parts[module.part_begin], n, work);
+  wait_for_previous();
   const float* sums[Each];
-  float products[Each] = {};
+  float products[Each][Near] = {};
 #pragma unroll
   for (int i = 0; i < Each; i++) sums[i] = workspace + min(int(blockIdx.y) * Each + i, tokens - 1) * stride;
   for (int p = module.part_begin; p < module.part_end; p++) {
-    const Part& part = records.parts[p];
-    const int vector_row = (n + part.skip) / part.vector_len, element = (n + part.skip) % part.vector_len;
-    const int within = element - part.plane * 8;
-    if (within < 0 || within >= part.width) continue;
-    const int at = part.out + vector_row * part.width + within;
-    const int splits = part.counts < 0 ? part.splits : __ldg(work + part.counts + vector_row * part.width / kWideRows);
-#pragma unroll(8 / Each)
-    for (int s = mine; s < splits; s += Share) {
+    if (p > module.part_begin) mine = sums_of(records.parts[p], n, work);
+    const int64_t split = records.parts[p].stride;
+#pragma unroll(Each == 4 ? 2 : 4)
+    for (int s = 0; s < mine.splits; s++) {
 #pragma unroll
-      for (int i = 0; i < Each; i++) products[i] += __ldcg(sums[i] + at + int64_t(s) * part.stride);
+      for (int i = 0; i < Each; i++) {
+        const Floats<Near> more = load_floats<Near>(sums[i] + mine.at + s * split);
+#pragma unroll
+        for (int e = 0; e < Near; e++) products[i][e] += more.values[e];
+      }
     }
+  }
+  float added[Near], factors[Near], offsets[Near];
+#pragma unroll
+  for (int e = 0; e < Near; e++) {
+    added[e] = bias ? Number<T>::wide(bias[output + e]) : 0.f;
+    factors[e] = module.scale < 0 ? 1.f : norm[module.scale + n + e];
+    offsets[e] = module.scale < 0 ? 1.f : norm[module.shift + n + e];
   }
 #pragma unroll
   for (int i = 0; i < Each; i++) {
-#pragma unroll
-    for (int o = 1; o < Share; o *= 2) products[i] += __shfl_xor_sync(together, products[i], o);
     const int token = blockIdx.y * Each + i;
+    if (token >= tokens) break;
     float dot = 0.f;
+#pragma unroll 4
     for (int d = 0; d < module.dots; d++) dot += __ldcg(sums[i] + module.dot + d);
-    if (mine == 0 && token < tokens)
-      y[int64_t(token) * out_features + output] = Number<T>::narrow(products[i] * factor + dot * offset + added);
+    T* to = y + int64_t(token) * out_features + output;
+    unsigned out[Near / 2];
+#pragma unroll
+    for (int e = 0; e < Near; e += 2)
+      out[e / 2] = pack(Number<T>::narrow(products[i][e] * factors[e] + dot * offsets[e] + added[e]),
+                        Number<T>::narrow(products[i][e + 1] * factors[e + 1] + dot * offsets[e + 1] + added[e + 1]));
+    if constexpr (Near == 4)
+      *reinterpret_cast<uint2*>(to) = make_uint2(out[0], out[1]);
+    else
+      *reinterpret_cast<unsigned*>(to) = out[0];
   }
+}
+
+// Whether any `near` neighbouring outputs, from a multiple of that on, are neighbours in a part's sums.
+bool in_groups(int near, const Module* modules, int module_count, const Part* parts, int part_count) {
+  bool all = true;
+  for (int m = 0; m < module_count; m++) all = all && modules[m].out_end % near == 0;
+  for (int p = 0; p < part_count; p++) all = all && parts[p].vector_len % near == 0 && parts[p].skip % near == 0;
+  return all;
 }
 
 }  // namespace
@@ -80,19 +164,29 @@ cudaError_t finish(Type type, const Module* modules, int module_count, const Par
   auto run = [&](auto number, const auto& records) {
     using T = decltype(number);
     using Records = std::decay_t<decltype(records)>;
-    auto go = [&](auto kernel, int share, int each) {
-      const dim3 grid((out_features * share + kFinishThreads - 1) / kFinishThreads, (tokens + each - 1) / each);
+    auto go = [&](auto kernel, int threads, int each) {
+      const dim3 grid((threads + kFinishThreads - 1) / kFinishThreads, (tokens + each - 1) / each);
       return launch(kernel, grid, kFinishThreads, 0, stream, true, records, module_count, work, workspace, stride, norm,
                     static_cast<const T*>(bias), static_cast<T*>(y), out_features, tokens);
     };
     int splits = 0;
     for (int p = 0; p < part_count; p++) splits = std::max(splits, parts[p].splits);
-    // Few numbers of many splits would leave the GPU idle; of many numbers of few splits, several are had as fast as
-    // one.
-    if (tokens <= 2 && splits >= 8) return go(finish_kernel<T, 4, 1, Records>, 4, 1);
-    if (tokens > 8 && splits <= 4 && (tokens <= 32 || out_features >= 8192))
-      return go(finish_kernel<T, 1, 4, Records>, 1, 4);
-    return go(finish_kernel<T, 1, 1, Records>, 1, 1);
+    // Few numbers of many splits would leave the GPU idle.
+    if (tokens <= 2 && splits >= 8) return go(finish_kernel<T, 4, Records>, out_features * 4, 1);
+    // Many numbers of few splits: no more blocks than can wait beside those of the kernel before, if it can be, for the
+    // next kernel begins when all are there.
+    auto many = [&](auto near) {
+      constexpr int kNear = decltype(near)::value;
+      const int threads = out_features / kNear, blocks = (threads + kFinishThreads - 1) / kFinishThreads;
+      if (blocks * tokens <= kBeside) return go(finish_many_kernel<T, kNear, 1, Records>, threads, 1);
+      if (blocks * tokens <= kBeside * 2) return go(finish_many_kernel<T, kNear, 2, Records>, threads, 2);
+      return go(finish_many_kernel<T, kNear, 4, Records>, threads, 4);
+    };
+    if (tokens > 8 && splits <= 16) {
+      if (in_groups(4, modules, module_count, parts, part_count)) return many(std::integral_constant<int, 4>());
+      if (in_groups(2, modules, module_count, parts, part_count)) return many(std::integral_constant<int, 2>());
+    }
+    return go(finish_kernel<T, 1, Records>, out_features, 1);
   };
   if (module_count <= Few::kModules && part_count <= Few::kParts) {
     Few few = {};

@@ -9,7 +9,7 @@ namespace vptq {
 
 // How a job finds its weights: compact.cu, sliced.cuh, resident.cuh (codes of one byte for one book, of one byte for
 // each of two books, of two bytes), wide.cuh (codes of two bytes for a book in memory; with those of one byte for a
-// second book in shared memory); or that it has none and is the dot product of a norm.
+// second book in shared memory); or, in the compact layout, that it has none and is the dot product of a norm.
 enum class Kind : int {
   kCompact = 0,
   kSliced = 1,
@@ -21,11 +21,11 @@ enum class Kind : int {
   kFarBytes = 7
 };
 
-// One thread block's piece of work, as vllm_vptq/layouts/work.py writes it: 24 int32.
+// One thread block's piece of work, as vllm_vptq/layouts/work.py writes it: 25 int32.
 struct Job {
   int kind;
   int scale;                     // of the module's column norm: offset in `norm`, or -1
-  int column_list;               // offset in `columns` of the segment's column list, or -1 if it covers the input
+  int column_list;               // compact: offset in `columns` of the segment's column list, or -1 if it covers all
   int column_begin, column_end;  // within the segment
   int row_begin, row_end;        // vector rows; 16 outputs for kinds with codes; dot: tokens
   int codes;                     // offset in `codes` (int32) of the segment's first row
@@ -40,13 +40,23 @@ struct Job {
   int out;         // where its sums go: offset in a token's row of the workspace
   int vector_len, plane;  // elements plane * 8 .. of every vector
   int index_bits, res_bits;
-  int shift;   // dot: offset in `norm` of what to multiply by, or -1 for ones
-  int width;   // far: 16 outputs are two planes of a vector row; or 8, and they are one of two vector rows
-  int source;  // where its columns begin in a row of prepared activations, or -1 if it takes them as they are
+  int shift;   // of the norm: offset in `norm` of what its dot product is with, or -1 for ones
+  int width;   // sliced: 16 if both planes of a vector are looked up, that at `res_book` too, else 8; far: 16 outputs
+               // are two planes of a vector row; or 8, and they are one of two vector rows
+  int source;  // where its columns begin in a row of prepared activations, or -1 if it takes them as they are in x
+  int dot;     // sliced: where the dot product of its columns goes, if it begins with row 0, in a token's row of the
+               // workspace; or -1
 };
-static_assert(sizeof(Job) == 96, "24 int32");
+static_assert(sizeof(Job) == 100, "25 int32");
 
-constexpr int kWideRows = 192;  // outputs a block of wide.cuh computes at once
+// Outputs a block of wide.cuh computes at once: 64 a warp group, of which there are four where registers allow it.
+__host__ __device__ constexpr int wide_rows(int slots, Kind only) {
+  const bool resident = only == Kind::kBytes || only == Kind::kBytePairs || only == Kind::kShorts;
+  return resident && slots <= 32 ? 256 : 192;
+}
+constexpr int kGranule = 256;  // columns: its jobs begin at multiples of it, and multiply whole ones
+
+constexpr int kCountedSums = 64;
 
 // Sums that belong to the same outputs: `splits` rows of the workspace, `stride` apart.
 struct Part {
@@ -54,7 +64,7 @@ struct Part {
   int splits, stride;
   int vector_len, skip;
   int plane, width;  // these sums are elements plane * 8 to plane * 8 + width of every vector
-  int counts;        // where in `work` to find how many of the splits there are, one int32 per kWideRows sums; or -1
+  int counts;        // where in `work` to find how many of the splits there are, one int32 per kCountedSums; or -1
 };
 static_assert(sizeof(Part) == 32, "8 int32");
 
@@ -69,18 +79,19 @@ struct Module {
 };
 static_assert(sizeof(Module) == 36, "9 int32");
 
-constexpr int kPrepareColumns = 2048;  // of a block of prepare.cu
+constexpr int kPrepareColumns = 4096;  // of a block of prepare.cu, at most
 
-// What is done once to activations that many blocks want: columns gathered and scaled, a norm's dot product.
+// What a block does to activations that many blocks of other kernels want: columns gathered and scaled, a part of a
+// norm's dot product.
 struct Preparation {
-  int scale;        // offset in `norm` of a factor per input, or -1
-  int column_list;  // offset in `columns`, or -1: columns are the input's
-  int columns;
-  int at;     // where they go in a row of prepared activations, a multiple of 8; or -1
+  int scale;                     // offset in `norm` of a factor per input, or -1
+  int column_list;               // offset in `columns`, or -1: columns are the input's
+  int column_begin, column_end;  // begin: a multiple of kPrepareColumns
+  int at;     // where the first goes in a row of prepared activations, a multiple of 8, zeros up to a granule; or -1
   int shift;  // offset in `norm` of what the dot product is with, or -1 for ones
-  int dot;    // where the dot product of each kPrepareColumns goes in a token's row of the workspace, or -1
+  int dot;    // where the dot product goes in a token's row of the workspace, or -1
 };
-static_assert(sizeof(Preparation) == 24, "6 int32");
+static_assert(sizeof(Preparation) == 28, "7 int32");
 
 enum class Type : int { kHalf = 0, kBfloat16 = 1 };
 
@@ -109,18 +120,17 @@ struct Launch {
   cudaStream_t stream;
 };
 
-// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32 or 64, on Hopper, all jobs with look-ups being of kind
-// `only`, or kDot if of several; or, one job a block, of up to 8 in the compact layout.
+// Sums of up to 16 tokens; of up to `slots`, which are 8, 16, 32, 64 or 128, on Hopper, all jobs being of kind `only`,
+// or of several if that is kDot; or, one job a block, of up to 8 in the compact layout.
 cudaError_t multiply(Type type, const Layer&, const Tokens&, const Tokens& prepared, const Launch&);
-cudaError_t multiply_wide_half(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
-                               const Launch&);
-cudaError_t multiply_wide_bfloat16(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
-                                   const Launch&);
+using MultiplyWide = cudaError_t(Kind only, const Layer&, const Tokens&, const Tokens& prepared, int slots,
+                                 const Launch&);
+MultiplyWide multiply_wide_half_few, multiply_wide_half_many;  // up to 32 slots; 64 and 128
+MultiplyWide multiply_wide_bfloat16_few, multiply_wide_bfloat16_many;
 cudaError_t multiply_compact(Type type, const Layer&, const Tokens&, const Launch&);
 
-// Activations [tokens, prepared_stride] for the products above, and dot products into the workspace; `chunks` is how
-// many times kPrepareColumns the records have, each rounded up.
-cudaError_t prepare(Type type, const Layer&, const Tokens&, const Preparation* records, int chunks, void* prepared,
+// Activations [tokens, prepared_stride] for the products above, and dot products into the workspace.
+cudaError_t prepare(Type type, const Layer&, const Tokens&, const Preparation* records, int count, void* prepared,
                     int64_t prepared_stride, float* workspace, int64_t stride, cudaStream_t);
 
 // y [tokens, out_features] of the sums: splits added in order, norm and bias applied, rounded once. The records are
@@ -137,9 +147,11 @@ struct Stream {
   int bits, shift, width;
 };
 
-// Entries of each list of the sliced layout, [slices, rows, tiles]; then the lists, from `offsets` (in groups of 32).
-cudaError_t count_entries(const Stream&, int slices, int tiles, int32_t* counts, cudaStream_t);
-cudaError_t fill_lists(const Stream&, int slices, int tiles, const int32_t* offsets, int32_t* lists, cudaStream_t);
+// Entries of each list of the sliced layout, [slices, rows, tiles], a slice being 1 << slice_bits entries of the book;
+// then the lists, from `offsets` (in groups of 32).
+cudaError_t count_entries(const Stream&, int slice_bits, int slices, int tiles, int32_t* counts, cudaStream_t);
+cudaError_t fill_lists(const Stream&, int slice_bits, int slices, int tiles, const int32_t* offsets, int32_t* lists,
+                       cudaStream_t);
 // Codes [ceil(rows / 2), loads, 32, 4] of a resident kind, for a book of book_rows entries in `copies` images, or of
 // the far one; where its `width` (see Job) is 16, [rows, loads, 16, 4], each for two lanes.
 cudaError_t fill_codes(Kind kind, const Stream&, const Stream& residual, int loads, int book_rows, int copies,

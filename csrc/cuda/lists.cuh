@@ -1,10 +1,12 @@
 // The lists of a book too large for shared memory, and how a warp reads them.
 //
-// At load time every vector row's indices were sorted into one list per slice of the book (8192 centroids) and tile of
-// columns (pack_sliced.cu); the order within a list is free, since a sum does not care.
+// At load time every vector row's indices were sorted into one list per slice of the book and tile of columns
+// (pack_sliced.cu); the order within a list is free, since a sum does not care. A slice is 8192 rows of 16 bytes: as
+// many centroids of up to 8 elements, or half as many of two planes, one behind the other.
 #pragma once
 
-#include "inputs.cuh"
+#include "device.cuh"
+#include "kernels.h"
 
 namespace vptq {
 
@@ -14,12 +16,11 @@ constexpr int kSliceRows = 8192;
 constexpr int kTileColumns = 2048;
 constexpr int kSpanTiles = 2;                // what a block holds of one octet of tokens
 constexpr int kTileRows = kTileColumns + 8;  // in shared memory: the columns, and zeros for entries that only pad
-constexpr int kRowBits = 13;
 
 // An entry has its column at bit 19 (as a row of shared memory: within the span, tiles kTileRows apart) and its row of
-// the slice at bit 2: addresses, a row being 16 bytes, are a shift away. In a group of 32, the row of entry i is in the
-// word of lane lane_of_row(i): so the centroids of entries 0-7 and 16-23 arrive in neighbouring registers, as a B
-// fragment must, and those of the others too.
+// the slice (of its first plane) at bit 2: addresses, a row being 16 bytes, are a shift away. In a group of 32, the row
+// of entry i is in the word of lane lane_of_row(i): so the centroids of entries 0-7 and 16-23 arrive in neighbouring
+// registers, as a B fragment must, and those of the others too.
 __device__ __forceinline__ unsigned make_entry(int tile, int column_in_tile, unsigned slice_row) {
   return unsigned(tile % kSpanTiles * kTileRows + column_in_tile) << 19 | slice_row << 2;
 }
@@ -39,18 +40,44 @@ struct SliceCopy {
     initialise_barrier(shared_address(&barrier), 1);
   }
   // By one thread. Everybody may have been reading the slice before, but no longer.
-  __device__ void begin(uint4* slice, const uint4* book, const Job& job) {
+  template <int Planes>
+  __device__ void begin(uint4* slice, const void* books, const Job& job) {
     if (held == job.book) return;
     held = job.book;
     phase ^= 1;
     const uint32_t bytes = job.book_rows * 16;
-    announce_bulk_copy(shared_address(&barrier), bytes);
+    announce_bulk_copy(shared_address(&barrier), Planes * bytes);
     constexpr uint32_t kPiece = 16384;  // several at once keep more of the memory busy
-    for (uint32_t at = 0; at < bytes; at += kPiece)
-      bulk_copy(shared_address(slice) + at, reinterpret_cast<const char*>(book) + at, min(kPiece, bytes - at),
-                shared_address(&barrier));
+    for (int plane = 0; plane < Planes; plane++) {
+      const char* from = static_cast<const char*>(books) + size_t(plane ? job.res_book : job.book) * 16;
+      const uint32_t to = shared_address(slice) + plane * (kSliceRows / Planes) * 16;
+      for (uint32_t at = 0; at < bytes; at += kPiece)
+        bulk_copy(to + at, from + at, min(kPiece, bytes - at), shared_address(&barrier));
+    }
   }
   __device__ void wait() { wait_for_phase(shared_address(&barrier), phase); }
+};
+
+// A norm's dot products, one a token, which a job computes along with its own sums: what threads have of them is added
+// up by every warp, and after a __syncthreads by one thread each.
+struct Dots {
+  float parts[kWarps][8];
+
+  template <int N>
+  __device__ __forceinline__ void add(float (&own)[N]) {
+#pragma unroll
+    for (int t = 0; t < N; t++) {
+#pragma unroll
+      for (int o = 16; o; o /= 2) own[t] += __shfl_xor_sync(kAllLanes, own[t], o);
+      if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32][t] = own[t];
+    }
+  }
+  __device__ __forceinline__ void store(float* to, int64_t stride, int count) const {
+    if (int(threadIdx.x) >= count) return;
+    float total = 0.f;
+    for (int w = 0; w < kWarps; w++) total += parts[w][threadIdx.x];
+    to[threadIdx.x * stride] = total;
+  }
 };
 
 // A part of a list: groups of 32 entries, and the row that ends with it, or -1.

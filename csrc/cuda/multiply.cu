@@ -1,5 +1,4 @@
 // One launch for a fused layer: every block takes its jobs, whatever their kinds, one after the other.
-#include "dot.cuh"
 #include "resident.cuh"
 #include "single.cuh"
 #include "sliced.cuh"
@@ -7,10 +6,14 @@
 namespace vptq {
 namespace {
 
-template <typename T>
-__device__ __noinline__ void multiply_dot_apart(const Layer& layer, const Tokens& tokens, const Job& job,
-                                                float* workspace, int64_t stride, float* shared) {
-  multiply_dot<T>(layer, tokens, job, workspace, stride, shared);
+template <typename T, int Slots, int Planes>
+__device__ __forceinline__ void multiply_lists(const Layer& layer, const Tokens& tokens, const Job& job,
+                                               SliceCopy& copy, Dots& dots, float* workspace, int64_t stride,
+                                               uint4* shared) {
+  if constexpr (Slots == 1)
+    multiply_single<T, Planes>(layer, tokens, job, copy, dots, workspace, shared);
+  else
+    multiply_sliced<T, Slots / 8, Planes>(layer, tokens, job, copy, dots, workspace, stride, shared);
 }
 
 // For one token, or up to 8 or 16. 112 registers a thread leave room for blocks of `finish_kernel`: those of the
@@ -27,6 +30,7 @@ __global__ void __maxnreg__(112)
   __shared__ Layer own_layer;
   __shared__ Tokens own_tokens;
   __shared__ SliceCopy copy;
+  __shared__ Dots dots;
   __shared__ Exchange exchange;
   let_next_start();
   const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
@@ -39,7 +43,7 @@ __global__ void __maxnreg__(112)
     if (threadIdx.x < sizeof(Job) / 4)
       reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
     if (threadIdx.x == kThreads - 1) {
-      const int source = Slots > 8 ? jobs[j].source : -1;
+      const int source = jobs[j].source;
       own_layer = layer;
       own_tokens = tokens;
       if (source >= 0) own_tokens = {static_cast<const T*>(prepared.x) + source, prepared.row_stride, tokens.count};
@@ -48,10 +52,10 @@ __global__ void __maxnreg__(112)
     if (threadIdx.x == 0 && Kind(job.kind) != Kind::kSliced) copy.held = -1;
     switch (Kind(job.kind)) {
       case Kind::kSliced:
-        if constexpr (Slots == 1)
-          multiply_single<T>(own_layer, own_tokens, job, copy, workspace, shared);
+        if (job.width == 16)
+          multiply_lists<T, Slots, 2>(own_layer, own_tokens, job, copy, dots, workspace, stride, shared);
         else
-          multiply_sliced<T, Octets>(own_layer, own_tokens, job, copy, workspace, stride, shared);
+          multiply_lists<T, Slots, 1>(own_layer, own_tokens, job, copy, dots, workspace, stride, shared);
         break;
       case Kind::kBytes:
         multiply_resident<T, Octets, Kind::kBytes>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
@@ -59,12 +63,8 @@ __global__ void __maxnreg__(112)
       case Kind::kBytePairs:
         multiply_resident<T, Octets, Kind::kBytePairs>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
         break;
-      case Kind::kShorts:
-        multiply_resident<T, Octets, Kind::kShorts>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
-        break;
       default:
-        wait_for_previous();
-        multiply_dot_apart<T>(own_layer, own_tokens, job, workspace, stride, reinterpret_cast<float*>(shared));
+        multiply_resident<T, Octets, Kind::kShorts>(own_layer, own_tokens, job, exchange, workspace, stride, shared);
     }
   }
 }

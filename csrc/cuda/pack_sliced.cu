@@ -13,14 +13,14 @@ namespace {
 
 constexpr int kPackWarps = 8;
 
-__global__ void count_kernel(Stream stream, int slices, int tiles, int32_t* counts) {
+__global__ void count_kernel(Stream stream, int slice_bits, int slices, int tiles, int32_t* counts) {
   extern __shared__ int count[];
   const int row = blockIdx.x, tile = blockIdx.y;
   for (int s = threadIdx.x; s < slices; s += blockDim.x) count[s] = 0;
   __syncthreads();
   const int end = min((tile + 1) * kTileColumns, stream.columns);
   for (int c = tile * kTileColumns + threadIdx.x; c < end; c += blockDim.x)
-    atomicAdd(&count[stream_index(stream, row, c) >> kRowBits], 1);
+    atomicAdd(&count[stream_index(stream, row, c) >> slice_bits], 1);
   __syncthreads();
   for (int s = threadIdx.x; s < slices; s += blockDim.x)
     counts[(size_t(s) * stream.rows + row) * tiles + tile] = count[s];
@@ -137,8 +137,8 @@ struct Schedule {
 };
 
 // A warp makes one list: entries sorted by cell, in column order within a cell, then taken as the schedule says.
-__global__ void __launch_bounds__(kPackWarps * 32)
-    lists_kernel(Stream stream, int slices, int tiles, const int32_t* __restrict__ offsets, int32_t* lists) {
+__global__ void __launch_bounds__(kPackWarps * 32) lists_kernel(Stream stream, int slice_bits, int slices, int tiles,
+                                                                const int32_t* __restrict__ offsets, int32_t* lists) {
   extern __shared__ unsigned sorted_[];
   __shared__ int cells_[kPackWarps][64], starts_[kPackWarps][64];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x, tile = blockIdx.y;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kPackWarps * 32)
     for (int pass = 0; pass < 2; pass++) {
       for (int c = first + lane; c - lane < end; c += 32) {
         const unsigned index = c < end ? stream_index(stream, row, c) : ~0u;
-        const bool ours = c < end && int(index >> kRowBits) == slice;
+        const bool ours = c < end && int(index >> slice_bits) == slice;
         const int key = ours ? int(index % 8 * 8 + c % 8) : -1;
         const unsigned same = __match_any_sync(kAllLanes, key);
         const int before = __popc(same & ((1u << lane) - 1));
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kPackWarps * 32)
         __syncwarp();
         if (ours && before == 0) cell[key] = base + __popc(same);
         if (ours && pass == 1)
-          sorted[start[key] + base + before] = make_entry(tile, c - first, index & (kSliceRows - 1));
+          sorted[start[key] + base + before] = make_entry(tile, c - first, index & ((1u << slice_bits) - 1));
         __syncwarp();
       }
       if (pass == 0) {
@@ -197,18 +197,20 @@ __global__ void __launch_bounds__(kPackWarps * 32)
 
 }  // namespace
 
-cudaError_t count_entries(const Stream& stream, int slices, int tiles, int32_t* counts, cudaStream_t cuda_stream) {
-  count_kernel<<<dim3(stream.rows, tiles), 256, slices * sizeof(int), cuda_stream>>>(stream, slices, tiles, counts);
+cudaError_t count_entries(const Stream& stream, int slice_bits, int slices, int tiles, int32_t* counts,
+                          cudaStream_t cuda_stream) {
+  count_kernel<<<dim3(stream.rows, tiles), 256, slices * sizeof(int), cuda_stream>>>(stream, slice_bits, slices, tiles,
+                                                                                     counts);
   return cudaGetLastError();
 }
 
-cudaError_t fill_lists(const Stream& stream, int slices, int tiles, const int32_t* offsets, int32_t* lists,
-                       cudaStream_t cuda_stream) {
+cudaError_t fill_lists(const Stream& stream, int slice_bits, int slices, int tiles, const int32_t* offsets,
+                       int32_t* lists, cudaStream_t cuda_stream) {
   const int shared = kPackWarps * kTileColumns * sizeof(unsigned);
   const cudaError_t error = cudaFuncSetAttribute(lists_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
-  lists_kernel<<<dim3(stream.rows, tiles), kPackWarps * 32, shared, cuda_stream>>>(stream, slices, tiles, offsets,
-                                                                                   lists);
+  lists_kernel<<<dim3(stream.rows, tiles), kPackWarps * 32, shared, cuda_stream>>>(stream, slice_bits, slices, tiles,
+                                                                                   offsets, lists);
   return cudaGetLastError();
 }
 

@@ -92,35 +92,16 @@ __device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens&
                             job.copies);
 
   wait_for_previous();
-  const Inputs<T> inputs(layer, tokens, job, 8 * Octets);
   unsigned acts[kLoads * kSteps][2 * Octets];
-  if (inputs.plain && job.column_end % (kSteps * 16) == 0) {
 #pragma unroll
-    for (int i = 0; i < 2 * Octets; i++) {
-      const int slot = i / 2 * 8 + lane / 4;
-      const unsigned* from = inputs.pairs(slot, first_load * kSteps * 16 + lane % 4 * 2 + i % 2 * 8);
+  for (int i = 0; i < 2 * Octets; i++) {
+    const int slot = i / 2 * 8 + lane / 4, column = first_load * kSteps * 16 + lane % 4 * 2 + i % 2 * 8;
+    const T* from = static_cast<const T*>(tokens.x) + slot * tokens.row_stride + column;
 #pragma unroll
-      for (int s = 0; s < kLoads * kSteps; s++) {
-        acts[s][i] = 0;
-        if (slot < tokens.count && s / kSteps < mine) acts[s][i] = __ldg(from + s * 8);
-      }
-    }
-  } else {
-    // Computed in a loop, and passed to the registers through shared memory: unrolled it would be too much code, which
-    // comes from memory too.
-    constexpr int kStage = 8;  // words per thread
-    unsigned* stage = reinterpret_cast<unsigned*>(shared) + threadIdx.x;
-#pragma unroll
-    for (int first = 0; first < kLoads * kSteps * 2 * Octets; first += kStage) {
-#pragma unroll 1
-      for (int n = 0; n < kStage; n++) {
-        const int s = (first + n) / (2 * Octets), i = (first + n) % (2 * Octets);
-        const int column = (first_load * kSteps + s) * 16 + lane % 4 * 2 + i % 2 * 8;
-        stage[n * kThreads] = s / kSteps < mine ? inputs.pair(i / 2 * 8 + lane / 4, column, job.column_end) : 0;
-      }
-#pragma unroll
-      for (int n = 0; n < kStage; n++)
-        acts[(first + n) / (2 * Octets)][(first + n) % (2 * Octets)] = stage[n * kThreads];
+    for (int s = 0; s < kLoads * kSteps; s++) {
+      const bool there = slot < tokens.count && s / kSteps < mine && column + s * 16 < job.column_end;
+      acts[s][i] = 0;
+      if (there) acts[s][i] = __ldg(reinterpret_cast<const unsigned*>(from + s * 16));
     }
   }
   __syncthreads();
@@ -136,14 +117,10 @@ __device__ __noinline__ void multiply_resident(const Layer& layer, const Tokens&
     const float* buffer = sums + count % 2 * kBuffer + octet * kWarps * 128;
     const int at = threadIdx.x % 128, owner = at / 4, j = at % 4;
     const int token = octet * 8 + owner % 4 * 2 + j % 2;
-    if (token >= tokens.count || (inputs.half && token >= inputs.half)) return;
+    if (token >= tokens.count) return;
     float total = 0.f;
 #pragma unroll 8
-    for (int w = 0; w < warps; w++) {
-      total += buffer[w * 128 + at];
-      // The low parts of a token's numbers are four tokens further.
-      if (Octets == 1 && inputs.half) total += buffer[w * 128 + at + 8];
-    }
+    for (int w = 0; w < warps; w++) total += buffer[w * 128 + at];
     const int vector_row = 2 * row + j / 2;
     workspace[token * stride + job.out + vector_row * 8 + owner / 4] = total;
   };

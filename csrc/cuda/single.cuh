@@ -50,95 +50,102 @@ class Crossing {
   }
 };
 
-template <typename T>
+template <typename T, int Planes>  // of vectors
 __device__ __noinline__ void multiply_single(const Layer& layer, const Tokens& tokens, const Job& job, SliceCopy& copy,
-                                             float* workspace, uint4* shared) {
+                                             Dots& dots, float* workspace, uint4* shared) {
   constexpr int kBatch = 4;  // groups looked up together
   constexpr int kRing = 2, kAhead = 12;
+  constexpr int kPlaneBytes = kSliceRows / Planes * 16;
   const int lane = threadIdx.x % 32;
-  // Of every column, a scaled activation as a sum of two numbers, [kSpanTiles][kTileRows], in four copies: entries 8 i
-  // .. of a group read copy i, which lies in banks of its own. So they collide no more than those of sliced.cuh.
+  // Of every column the activation, [kSpanTiles][kTileRows], in four copies: entries 8 i .. of a group read copy i,
+  // which lies in banks of its own. So they collide no more than those of sliced.cuh.
   uint4* columns = shared + kSliceRows;
-  if (threadIdx.x == 0) copy.begin(shared, static_cast<const uint4*>(layer.books) + job.book, job);
+  if (threadIdx.x == 0) copy.begin<Planes>(shared, layer.books, job);
   ListReader<kRing, kAhead, kBatch> reader(layer, job);
 
-  wait_for_previous();
-  const Inputs<T> inputs(layer, tokens, job, 2);
   constexpr int kShare = kSpanTiles * kTileColumns / kThreads;
-  float mine[kShare];
-  if (inputs.has_list) {
+  // Of columns behind the end, which are in no list, the last one's.
+  auto column_of = [&](int i) { return min(job.column_begin + int(threadIdx.x) + i * kThreads, job.column_end - 1); };
+  const bool has_dot = job.dot >= 0 && job.row_begin == 0, has_shift = has_dot && job.shift >= 0;
+  float factors[kShare], shifts[kShare];
+#pragma unroll
+  for (int i = 0; i < kShare; i++) {
+    factors[i] = job.scale >= 0 ? load_ahead(layer.norm + job.scale + column_of(i)) : 1.f;
+    shifts[i] = has_shift ? load_ahead(layer.norm + job.shift + column_of(i)) : 1.f;
+  }
+  wait_for_previous();
+  const T* x = static_cast<const T*>(tokens.x);
+  T values[kShare];
+#pragma unroll
+  for (int i = 0; i < kShare; i++) values[i] = x[column_of(i)];  // all loads before anything is done with one
+  if (has_dot) {
+    float own[1] = {};
 #pragma unroll
     for (int i = 0; i < kShare; i++) {
-      const int column = job.column_begin + threadIdx.x + i * kThreads;
-      mine[i] = column < job.column_end ? inputs.unrounded(0, column) : 0.f;
+      const bool there = job.column_begin + int(threadIdx.x) + i * kThreads < job.column_end;
+      own[0] += there ? Number<T>::wide(values[i]) * shifts[i] : 0.f;
     }
-  } else {
-    T values[kShare];
-    float factors[kShare];
-#pragma unroll
-    for (int i = 0; i < kShare; i++) {  // all loads before anything is done with one
-      const int column = min(job.column_begin + int(threadIdx.x) + i * kThreads, job.column_end - 1);
-      values[i] = inputs.x[column];
-      factors[i] = inputs.has_scale ? __ldg(inputs.scale + column) : 1.f;
-    }
-#pragma unroll
-    for (int i = 0; i < kShare; i++) mine[i] = Number<T>::wide(values[i]) * factors[i];
+    dots.add(own);
   }
 #pragma unroll
-  for (int i = 0; i < kShare; i++) {  // those behind the end are in no list
+  for (int i = 0; i < kShare; i++) {
     const int column = threadIdx.x + i * kThreads;
-    const T high = Number<T>::narrow(mine[i]), low = Number<T>::narrow(mine[i] - Number<T>::wide(high));
-    const unsigned both = pack(high, low);
-    columns[column + column / kTileColumns * 8] = make_uint4(both, both, both, both);
+    const T value = Number<T>::narrow(Number<T>::wide(values[i]) * factors[i]);
+    const unsigned twice = pack(value, value);
+    columns[column + column / kTileColumns * 8] = make_uint4(twice, twice, twice, twice);
   }
   if (threadIdx.x < kSpanTiles)  // what entries that only pad are multiplied by
     columns[threadIdx.x * kTileRows + kTileColumns] = make_uint4(0, 0, 0, 0);
   __syncthreads();
+  if (has_dot) dots.store(workspace + job.dot, 0, 1);
   copy.wait();
 
   const uint32_t book = shared_address(shared);
   const uint32_t base =
       shared_address(columns) - job.column_begin / kTileColumns % kSpanTiles * kTileRows * 16 + lane / 8 * 4;
   const Crossing cross(lane);
-  float sums[kBatch][4] = {};
-  const bool scaled = inputs.has_scale;
+  float sums[Planes][kBatch][4] = {};
   auto multiply_block = [&](int i) {
 #pragma unroll
     for (int first = 0; first < kAhead; first += kBatch) {
       if (first >= reader.sizes[i]) return;
-      unsigned c[kBatch][4], x[kBatch], b[2];
+      unsigned c[Planes][kBatch][4], x[kBatch], b[2];
 #pragma unroll
       for (int k = 0; k < kBatch; k++) {
         const unsigned entry = reader.blocks[i][first + k];
         x[k] = load_shared_word(base + (entry >> 15));
-        ldmatrix_trans(c[k], book + (entry & (kSliceRows - 1) << 2) * 4);
+#pragma unroll
+        for (int p = 0; p < Planes; p++)
+          ldmatrix_trans(c[p][k], book + (entry & (kSliceRows - 1) << 2) * 4 + p * kPlaneBytes);
       }
       cross(b, __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[2], x[3], 0x5410));
 #pragma unroll
-      for (int k = 0; k < kBatch; k++) mma<T>(sums[k], c[k][0], c[k][1], c[k][2], c[k][3], b[0], b[1]);
-      if (!scaled) continue;
-      cross(b, __byte_perm(x[0], x[1], 0x7632), __byte_perm(x[2], x[3], 0x7632));
+      for (int p = 0; p < Planes; p++)
 #pragma unroll
-      for (int k = 0; k < kBatch; k++) mma<T>(sums[k], c[k][0], c[k][1], c[k][2], c[k][3], b[0], b[1]);
+        for (int k = 0; k < kBatch; k++) mma<T>(sums[p][k], c[p][k][0], c[p][k][1], c[p][k][2], c[p][k][3], b[0], b[1]);
     }
   };
   // Group j's sums: rows 0-7 of column j, and rows 8-15 of column j + 4.
   auto store_row = [&](int row) {
     const bool second = lane & 1, lower = lane & 2;
-    float sum = 0.f;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const float upper_sum = second ? sums[2 + half][half] : sums[half][half];
-      const float lower_sum = second ? sums[2 + half][2 + half] : sums[half][2 + half];
-      sum += lower ? lower_sum : upper_sum;
+    for (int p = 0; p < Planes; p++) {
+      auto& own = sums[p];
+      float sum = 0.f;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float upper_sum = second ? own[2 + half][half] : own[half][half];
+        const float lower_sum = second ? own[2 + half][2 + half] : own[half][2 + half];
+        sum += lower ? lower_sum : upper_sum;
+      }
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      if (lane % 4 == 0) workspace[job.out + row * 8 * Planes + p * 8 + lane / 4] = sum;
+#pragma unroll
+      for (int k = 0; k < kBatch; k++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) own[k][r] = 0.f;
     }
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    if (lane % 4 == 0) workspace[job.out + row * 8 + lane / 4] = sum;
-#pragma unroll
-    for (int k = 0; k < kBatch; k++)
-#pragma unroll
-      for (int r = 0; r < 4; r++) sums[k][r] = 0.f;
   };
   reader.walk(job, multiply_block, store_row);
 }

@@ -9,13 +9,6 @@
 
 namespace vptq {
 
-// What was stored to shared memory in the ordinary way becomes visible to the tensor cores.
-__device__ __forceinline__ void fence_for_tensor_cores() {
-#if VPTQ_HAS_WGMMA
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // Before the first product of a batch: registers written until here are ready.
 __device__ __forceinline__ void wgmma_fence() {
 #if VPTQ_HAS_WGMMA
@@ -37,12 +30,14 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// A matrix [n, 64] of 16-bit numbers whose rows of 128 bytes have their 16-byte pieces permuted by `swizzled`; it
-// starts at a multiple of 1024 bytes. Columns 16 s .. are found at address + 32 s.
+// A matrix [n, kRowBytes / 2] of 16-bit numbers as the copy engine swizzles it (tiles.cuh); it starts at a multiple of
+// 8 rows. Columns 16 s .. are found at address + 32 s.
+template <int kRowBytes>
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
-  return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 62;
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(8 * kRowBytes / 16) << 32 |
+         uint64_t(kRowBytes == 128 ? 1 : 2) << 62;
 }
-__device__ __forceinline__ int swizzled(int row, int piece) { return row * 128 + ((piece ^ row % 8) * 16); }
 
 #define VPTQ_WGMMA(SHAPE, TYPE, REGISTERS, A, B, ...)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
@@ -62,6 +57,14 @@ __device__ __forceinline__ int swizzled(int row, int piece) { return row * 128 +
              "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
              "%26,%27,%28,%29,%30,%31",                                                                       \
              "{%32,%33,%34,%35}", "%36", VPTQ_D16(0), VPTQ_D16(16))
+#define VPTQ_N128(TYPE)                                             \
+  VPTQ_WGMMA("m64n128k16", TYPE,                                    \
+             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,"           \
+             "%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+             "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38," \
+             "%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51," \
+             "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",     \
+             "{%64,%65,%66,%67}", "%68", VPTQ_D16(0), VPTQ_D16(16), VPTQ_D16(32), VPTQ_D16(48))
 
 // D[64 x N] += A[64 x 16] B[16 x N] in fp32, begun but not awaited. A lane holds of D, for every 8 columns, rows
 // lane/4 and lane/4 + 8 of the 16 of its warp, columns lane%4 * 2 and the next.
@@ -84,16 +87,22 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], const unsigned (&a)[4],
       VPTQ_N32("f16");
     else
       VPTQ_N32("bf16");
-  } else {
-    static_assert(N == 64);
+  } else if constexpr (N == 64) {
     if constexpr (kHalf)
       VPTQ_N64("f16");
     else
       VPTQ_N64("bf16");
+  } else {
+    static_assert(N == 128);
+    if constexpr (kHalf)
+      VPTQ_N128("f16");
+    else
+      VPTQ_N128("bf16");
   }
 #endif
 }
 
+#undef VPTQ_N128
 #undef VPTQ_N64
 #undef VPTQ_N32
 #undef VPTQ_N16

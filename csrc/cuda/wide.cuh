@@ -1,4 +1,4 @@
-// Products with 8 to 64 tokens: three warp groups look weights up, a fourth brings the activations.
+// Products with 8 to 128 tokens: three or four warp groups look weights up, a thread orders activations.
 //
 // A warp keeps to 16 outputs and walks along the columns. ldmatrix.trans of the centroids of 2 vector rows x 16 columns
 // is the A fragment of a wgmma, as in resident.cuh; but the activations are its B operand, which the tensor core reads
@@ -6,156 +6,78 @@
 // that does not fit shared memory stays where it is, and every warp gathers what it needs into a ring of its own.
 #pragma once
 
-#include "dot.cuh"
 #include "resident.cuh"
+#include "tiles.cuh"
 #include "wgmma.cuh"
 
 namespace vptq {
 
-constexpr int kConsumers = kWideRows * 2, kProducers = 128, kWideThreads = kConsumers + kProducers;
-constexpr int kConsumerWarps = kConsumers / 32;
-constexpr int kGranule = 256;      // columns: jobs begin at multiples of it
 constexpr int kRingBytes = 32768;  // of activations
 constexpr int kMostStages = 8;
 constexpr int kStepBytes = 512;  // of a step's 32 vectors; a warp gathers those of a granule
 constexpr int kFarBytes = kGranule / 16 * kStepBytes;
 
-template <int N>
-struct Shape {  // a tile of activations: [columns / 64][N][64], every 64 columns as wgmma_descriptor wants them
-  static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : 64;
+// The ring lies in front of the books, and may be larger for many tokens where books leave room.
+__host__ __device__ constexpr int ring_bytes(int slots, Kind only) {
+  return slots == 128 && only != Kind::kShorts && only != Kind::kDot ? 2 * kRingBytes : kRingBytes;
+}
+
+// A tile of activations: [columns / kAcross][N][kAcross], each as wgmma_descriptor wants it.
+template <int kSlots, Kind kOnly>
+struct Shape {
+  static constexpr int N = kSlots, kRing = ring_bytes(N, kOnly);
+  static constexpr int kWarps = wide_rows(N, kOnly) / 16, kConsumers = kWarps * 32;
+  static constexpr int kAcross = kRing / (N * 128) >= 4 ? 64 : 32;
+  static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : kAcross;
   static constexpr int kBytes = N * kColumns * 2;
-  static constexpr int kStages = kRingBytes / kBytes;
-  static constexpr int kPieces = N * kColumns / 8 / kProducers;  // of 16 bytes, per producer thread
+  static constexpr int kStages = kRing / kBytes;
+  static constexpr int kThreads = kConsumers + 32;  // of which one orders activations
   static_assert(kStages >= 2 && kStages <= kMostStages);
+
+  // Where 16 columns of a stage, the step `s`, lie in the ring.
+  static __device__ __forceinline__ uint32_t place(int stage, int s) {
+    return stage * kBytes + s / (kAcross / 16) * N * kAcross * 2 + s % (kAcross / 16) * 32;
+  }
 };
 
 struct Ring {
   uint64_t full[kMostStages], empty[kMostStages];
 
+  template <typename Tile>
   __device__ void initialise() {
-    for (int i = 0; i < kMostStages; i++) {
-      initialise_barrier(shared_address(full + i), kProducers);
-      initialise_barrier(shared_address(empty + i), kConsumerWarps);
+    for (int i = 0; i < Tile::kStages; i++) {
+      initialise_barrier(shared_address(full + i), 1);
+      initialise_barrier(shared_address(empty + i), Tile::kWarps);
     }
   }
 };
 
-// Brings activations that need nothing done to them; as many tiles are under way as there are stages.
-template <typename T, int N>
-__device__ __forceinline__ void copy_activations(const Tokens& tokens, const Job& job, Ring& ring, unsigned& done,
-                                                 char* stages) {
-  using Tile = Shape<N>;
-  constexpr int kAcross = Tile::kColumns / 8;  // pieces of a token
-  const int thread = threadIdx.x - kConsumers, piece = thread % kAcross, first_slot = thread / kAcross;
+// Orders activations, by one thread; as many tiles are under way as there are stages.
+template <typename Tile>
+__device__ __forceinline__ void order_activations(const CUtensorMap* map, int first_column, const Job& job, Ring& ring,
+                                                  unsigned& done, uint32_t stages) {
   const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
-  int column = job.column_begin + piece * 8;
-  for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++, column += Tile::kColumns) {
+  int column = first_column + job.column_begin;
+  for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++) {
     const int stage = done % Tile::kStages;
     wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
-    const int left = min(8, job.column_end - column) * 2;
+    announce_bulk_copy(shared_address(ring.full + stage), Tile::kBytes);
 #pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      const bool there = left > 0 && slot < tokens.count;
-      const T* from = static_cast<const T*>(tokens.x) + (there ? slot * tokens.row_stride + column : 0);
-      copy_async16(shared_address(stages) + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8),
-                   from, there ? left : 0);
-    }
-    arrive_after_copies(shared_address(ring.full + stage));
+    for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
+      copy_tile(stages + Tile::place(stage, i * Tile::kAcross / 16), map, column, shared_address(ring.full + stage));
   }
 }
 
-// Fetches, scales and gathers activations, a tile ahead of storing them. For few tokens: a kernel of its own, that
-// others leave it to (prepare.cu), takes longer.
-template <typename T, int N>
-__device__ __forceinline__ void produce(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
-                                        unsigned& done, char* stages) {
-  using Tile = Shape<N>;
-  const Inputs<T> inputs(layer, tokens, job, N == 8 ? 8 : 0);
-  const int thread = threadIdx.x - kConsumers;
-  constexpr int kAcross = Tile::kColumns / 8;
-  const int piece = thread % kAcross, first_slot = thread / kAcross;
-  const bool aligned =
-      !inputs.has_list && tokens.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(tokens.x) % 16 == 0;
-  if (aligned && !inputs.has_scale) return copy_activations<T, N>(tokens, job, ring, done, stages);
-
-  uint4 raw[Tile::kPieces];
-  float4 scales[2];
-  auto fetch = [&](int column) {
-    const bool whole = aligned && column + 8 <= job.column_end;
-    if (inputs.has_scale && whole) {
-      scales[0] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column));
-      scales[1] = __ldg(reinterpret_cast<const float4*>(inputs.scale + column) + 1);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      const int token = inputs.half && slot >= inputs.half ? slot - inputs.half : slot;
-      raw[i] = make_uint4(0, 0, 0, 0);
-      if (token >= tokens.count) continue;
-      if (whole) {
-        raw[i] = __ldg(reinterpret_cast<const uint4*>(inputs.x + token * tokens.row_stride + column));
-        continue;
-      }
-      T values[8];
-#pragma unroll
-      for (int e = 0; e < 8; e++) {
-        values[e] = Number<T>::narrow(0.f);
-        if (column + e < job.column_end) values[e] = inputs(slot, column + e);
-      }
-      raw[i] = make_uint4(pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
-                          pack(values[6], values[7]));
-    }
-  };
-  auto scaled = [&](const uint4& from, bool low) {
-    const T* v = reinterpret_cast<const T*>(&from);
-    const float* s = reinterpret_cast<const float*>(scales);
-    T out[8];
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-      const float exact = Number<T>::wide(v[e]) * s[e];
-      out[e] = Number<T>::narrow(exact);
-      if (low) out[e] = Number<T>::narrow(exact - Number<T>::wide(out[e]));
-    }
-    return make_uint4(pack(out[0], out[1]), pack(out[2], out[3]), pack(out[4], out[5]), pack(out[6], out[7]));
-  };
-
-  // As many columns as the consumers walk over: whole granules, zeros behind the end.
-  const int end = job.column_begin + (job.column_end - job.column_begin + kGranule - 1) / kGranule * kGranule;
-  int column = job.column_begin + piece * 8;
-  fetch(column);
-  for (int begin = job.column_begin; begin < end; begin += Tile::kColumns, done++) {
-    uint4 now[Tile::kPieces];
-    const bool whole = aligned && column + 8 <= job.column_end;
-#pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      now[i] = inputs.has_scale && whole ? scaled(raw[i], inputs.half && slot >= inputs.half) : raw[i];
-    }
-    column += Tile::kColumns;
-    if (begin + Tile::kColumns < end) fetch(column);
-    const int stage = done % Tile::kStages;
-    wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
-#pragma unroll
-    for (int i = 0; i < Tile::kPieces; i++) {
-      const int slot = first_slot + i * (kProducers / kAcross);
-      *reinterpret_cast<uint4*>(stages + stage * Tile::kBytes + piece / 8 * N * 128 + swizzled(slot, piece % 8)) =
-          now[i];
-    }
-    arrive(shared_address(ring.full + stage));
-  }
-}
-
-template <typename T, int N, Kind kKind>
+template <typename T, typename Tile, Kind kKind>
 __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens, const Job& job, Ring& ring,
                                         unsigned& done, uint32_t stages, uint4* books, float* workspace,
                                         int64_t stride) {
-  using Tile = Shape<N>;
+  constexpr int N = Tile::N;
   constexpr bool kFar = kKind == Kind::kFar || kKind == Kind::kFarBytes;
   constexpr bool kTwo = kKind == Kind::kBytePairs || kKind == Kind::kFarBytes;  // books
   constexpr int kLoads = kKind == Kind::kBytes ? 1 : 2;                         // of codes, for a granule
   constexpr int kMore = kKind == Kind::kFarBytes ? 1 : 0;                       // of the residual's
-  constexpr int kChunkSteps = kTwo ? 1 : 2;  // steps of 16 columns, looked up together: 2 look-ups
+  constexpr int kChunkSteps = N == 128 || kTwo ? 1 : 2;  // steps of 16 columns, looked up together
   constexpr int kAhead = 2, kBuffers = 4;  // chunks that are looked up before they are multiplied; that have registers
   constexpr int kChunks = kGranule / 16 / kChunkSteps;
   constexpr int kTileChunks = Tile::kColumns / 16 / kChunkSteps;
@@ -218,18 +140,30 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     }
     copy_async_commit();
   };
-  unsigned a[kBuffers][2][4];
+  unsigned a[kBuffers][kChunkSteps][4];
+  constexpr int kApart = kAhead - 1;  // chunks whose residual vectors are still to be added
+  unsigned residual[kApart][kChunkSteps][4];
+  auto look_up_one = [&](unsigned (&to)[4], const Codes& words, int s, bool second) {
+    if (kFar && !second)
+      ldmatrix_trans(to, gathered + s * kStepBytes + lane * 16);
+    else
+      ldmatrix_trans(to, (second ? res_base : base) + code(words, s, second) * (kKind == Kind::kShorts ? 16 : 128));
+  };
   auto look_up = [&](const Codes& words, int chunk) {
-    auto& fragments = a[chunk % kBuffers];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int s = chunk * kChunkSteps + (kTwo ? 0 : i);
-      const bool second = kTwo && i;
-      if (kFar && !second)
-        ldmatrix_trans(fragments[i], gathered + s * kStepBytes + lane * 16);
-      else
-        ldmatrix_trans(fragments[i],
-                       (second ? res_base : base) + code(words, s, second) * (kKind == Kind::kShorts ? 16 : 128));
+    for (int i = 0; i < kChunkSteps; i++) {
+      const int s = chunk * kChunkSteps + i;
+      look_up_one(a[chunk % kBuffers][i], words, s, false);
+      if constexpr (kTwo) look_up_one(residual[chunk % kApart][i], words, s, true);
+    }
+  };
+
+  auto add_residual = [&](int chunk) {
+    if constexpr (kTwo) {
+#pragma unroll
+      for (int i = 0; i < kChunkSteps; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) add_pairs<T>(a[chunk % kBuffers][i][e], residual[chunk % kApart][i][e]);
     }
   };
 
@@ -245,7 +179,10 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
     __syncwarp();
   }
 #pragma unroll
-  for (int c = 0; c < kAhead; c++) look_up(next, c);
+  for (int c = 0; c < kAhead; c++) {
+    if (c >= kApart) add_residual(c - kApart);
+    look_up(next, c);
+  }
   auto release = [&](unsigned tile) {
     if (lane == 0) arrive(shared_address(ring.empty + tile % Tile::kStages));
   };
@@ -265,6 +202,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
         copy_async_wait<kChunks - kAhead - 1>();
         __syncwarp();
       }
+      add_residual(c + 1);
       if (c + kAhead < kChunks)
         look_up(now, c + kAhead);
       else
@@ -272,14 +210,12 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
       const int stage = done % Tile::kStages;
       if (c % kTileChunks == 0) {
         wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
-        fence_for_tensor_cores();
       }
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int s = c % kTileChunks * kChunkSteps + (kTwo ? 0 : i);  // within the tile
-        wgmma<T, N>(sums, a[c % kBuffers][i],
-                    wgmma_descriptor(stages + stage * Tile::kBytes + s / 4 * N * 128 + s % 4 * 32));
+      for (int i = 0; i < kChunkSteps; i++) {
+        const int s = c % kTileChunks * kChunkSteps + i;  // within the tile
+        wgmma<T, N>(sums, a[c % kBuffers][i], wgmma_descriptor<Tile::kAcross * 2>(stages + Tile::place(stage, s)));
       }
       wgmma_commit();
       if constexpr (kFar) gather(c, g + 1 < granules);
@@ -288,31 +224,34 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
   }
   wgmma_wait<0>();
   release(done - 1);
-  wait_for_previous();                                                // whose sums may lie in this workspace
-  const bool halves = N == 8 && job.scale >= 0 && tokens.count <= 4;  // slots 4 .. 7: what rounding has cut off
+  wait_for_previous();  // whose sums may lie in this workspace
 #pragma unroll
   for (int i = 0; i < N / 2; i++) {
-    if (halves) sums[i] += __shfl_down_sync(kAllLanes, sums[i], 2);
     const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
     if (mine && token < tokens.count)
       workspace[token * stride + job.out + row * 16 + i / 2 % 2 * 8 + lane / 4] = sums[i];
   }
 }
 
-// `kOnly`: the kind of all jobs with look-ups, or kDot if there are several, which takes more registers than wgmma
+// What activations are found by: as they are, and prepared.
+struct Maps {
+  CUtensorMap x, prepared;
+};
+// `kOnly`: the kind of all jobs, or kDot if there are several, which takes more registers than wgmma
 // would like to have.
 template <typename T, int N, Kind kOnly>
-__global__ void __launch_bounds__(kWideThreads, 1)
-    wide_kernel(const Layer layer, const Tokens tokens, const Tokens prepared, const Job* __restrict__ jobs,
+__global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
+    wide_kernel(const Layer layer, const Tokens tokens, const __grid_constant__ Maps maps, const Job* __restrict__ jobs,
                 const int32_t* __restrict__ starts, float* __restrict__ workspace, int64_t stride) {
 #if VPTQ_HAS_WGMMA
   extern __shared__ __align__(1024) char wide_shared[];
   __shared__ Job job;
   __shared__ Ring ring;
   let_next_start();
-  uint4* books = reinterpret_cast<uint4*>(wide_shared + kRingBytes);
+  using Tile = Shape<N, kOnly>;
+  uint4* books = reinterpret_cast<uint4*>(wide_shared + Tile::kRing);
   const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
-  if (threadIdx.x == 0) ring.initialise();
+  if (threadIdx.x == 0) ring.initialise<Tile>();
   unsigned done = 0;  // tiles
   int held = -1, res_held = -1;
   for (int j = first; j < last; j++) {
@@ -320,14 +259,6 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     if (threadIdx.x < sizeof(Job) / 4)
       reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];
     __syncthreads();
-    if constexpr (N == 8) {
-      if (Kind(job.kind) == Kind::kDot) {
-        wait_for_previous();
-        multiply_dot<T>(layer, tokens, job, workspace, stride, reinterpret_cast<float*>(books));
-        held = -1;
-        continue;
-      }
-    }
     const Kind kind = kOnly == Kind::kDot ? Kind(job.kind) : kOnly;
     if (kind == Kind::kFar) {
       held = -1;
@@ -347,34 +278,30 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       }
       __syncthreads();
     }
-    if (threadIdx.x >= kConsumers) {
+    if (threadIdx.x >= Tile::kConsumers) {
       wait_for_previous();
-      if (job.source >= 0) {
-        const Tokens own{static_cast<const T*>(prepared.x) + job.source, prepared.row_stride, tokens.count};
-        copy_activations<T, N>(own, job, ring, done, wide_shared);
-      } else if constexpr (N == 8) {
-        produce<T, N>(layer, tokens, job, ring, done, wide_shared);
-      } else {
-        copy_activations<T, N>(tokens, job, ring, done, wide_shared);
-      }
+      if (threadIdx.x == Tile::kConsumers)
+        order_activations<Tile>(job.source < 0 ? &maps.x : &maps.prepared, max(job.source, 0), job, ring, done,
+                                shared_address(wide_shared));
+      __syncwarp();
       continue;
     }
     const uint32_t stages = shared_address(wide_shared);
     switch (kind) {
       case Kind::kBytes:
-        consume<T, N, Kind::kBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        consume<T, Tile, Kind::kBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
         break;
       case Kind::kBytePairs:
-        consume<T, N, Kind::kBytePairs>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        consume<T, Tile, Kind::kBytePairs>(layer, tokens, job, ring, done, stages, books, workspace, stride);
         break;
       case Kind::kShorts:
-        consume<T, N, Kind::kShorts>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        consume<T, Tile, Kind::kShorts>(layer, tokens, job, ring, done, stages, books, workspace, stride);
         break;
       case Kind::kFarBytes:
-        consume<T, N, Kind::kFarBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        consume<T, Tile, Kind::kFarBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
         break;
       default:
-        consume<T, N, Kind::kFar>(layer, tokens, job, ring, done, stages, books, workspace, stride);
+        consume<T, Tile, Kind::kFar>(layer, tokens, job, ring, done, stages, books, workspace, stride);
     }
   }
 #else
@@ -384,48 +311,50 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
 template <typename T, int N, Kind kOnly>
 cudaError_t run_wide(const Layer& layer, const Tokens& tokens, const Tokens& prepared, const Launch& work) {
+  using Tile = Shape<N, kOnly>;
   auto kernel = wide_kernel<T, N, kOnly>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, work.shared_bytes);
   if (error != cudaSuccess) return error;
-  return launch(kernel, dim3(work.thread_blocks), kWideThreads, work.shared_bytes, work.stream, true, layer, tokens,
-                prepared, work.jobs, work.starts, work.workspace, work.stride);
+  Maps maps = {};
+  auto describe = [&](const Tokens& from, CUtensorMap& map) {
+    const Type type = std::is_same_v<T, __half> ? Type::kHalf : Type::kBfloat16;
+    return describe_tiles(type, from, N, Tile::kAcross * 2, map);
+  };
+  if (tokens.row_stride % 8 == 0) error = describe(tokens, maps.x);  // rows of another size are prepared, all of them
+  if (error == cudaSuccess && prepared.row_stride) error = describe(prepared, maps.prepared);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, dim3(work.thread_blocks), Tile::kThreads, work.shared_bytes, work.stream, true, layer, tokens,
+                maps, work.jobs, work.starts, work.workspace, work.stride);
 }
 
-template <typename T>
+template <typename T, int N>
+cudaError_t run_wide_of(Kind only, const Layer& layer, const Tokens& tokens, const Tokens& prepared,
+                        const Launch& work) {
+  auto go = [&](auto run) { return run(layer, tokens, prepared, work); };
+  switch (only) {
+    case Kind::kBytes:
+      return go(run_wide<T, N, Kind::kBytes>);
+    case Kind::kBytePairs:
+      return go(run_wide<T, N, Kind::kBytePairs>);
+    case Kind::kShorts:
+      return go(run_wide<T, N, Kind::kShorts>);
+    case Kind::kFar:
+      return go(run_wide<T, N, Kind::kFar>);
+    case Kind::kFarBytes:
+      return go(run_wide<T, N, Kind::kFarBytes>);
+    default:
+      return go(run_wide<T, N, Kind::kDot>);
+  }
+}
+
+// By the kernels for one of some numbers of slots.
+template <typename T, int... Slots>
 cudaError_t multiply_wide_of(Kind only, const Layer& layer, const Tokens& tokens, const Tokens& prepared, int slots,
                              const Launch& work) {
-  auto go = [&](auto run) { return run(layer, tokens, prepared, work); };
-  auto of_kind = [&](auto slots) {
-    constexpr int N = decltype(slots)::value;
-    switch (only) {
-      case Kind::kBytes:
-        return go(run_wide<T, N, Kind::kBytes>);
-      case Kind::kBytePairs:
-        return go(run_wide<T, N, Kind::kBytePairs>);
-      case Kind::kShorts:
-        return go(run_wide<T, N, Kind::kShorts>);
-      case Kind::kFar:
-        return go(run_wide<T, N, Kind::kFar>);
-      case Kind::kFarBytes:
-        return go(run_wide<T, N, Kind::kFarBytes>);
-      default:
-        return go(run_wide<T, N, Kind::kDot>);
-    }
-  };
-  if (tokens.count > slots) return cudaErrorInvalidValue;
-  switch (slots) {
-    case 8:
-      return of_kind(std::integral_constant<int, 8>());
-    case 16:
-      return of_kind(std::integral_constant<int, 16>());
-    case 32:
-      return of_kind(std::integral_constant<int, 32>());
-    case 64:
-      return of_kind(std::integral_constant<int, 64>());
-    default:
-      return cudaErrorInvalidValue;
-  }
+  cudaError_t error = cudaErrorInvalidValue;
+  if (tokens.count > slots) return error;
+  ((slots == Slots ? void(error = run_wide_of<T, Slots>(only, layer, tokens, prepared, work)) : void()), ...);
+  return error;
 }
 
 }  // namespace vptq

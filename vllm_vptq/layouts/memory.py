@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_vptq.layouts.passes import COLUMNS_PER_LOAD, SLICE_ROWS, TILE_COLUMNS
+from vllm_vptq.layouts.passes import COLUMNS_PER_LOAD, SLICE_ROWS, TILE_COLUMNS, slice_bits_of
 from vllm_vptq.layouts.work import Kind
 from vllm_vptq.parameters import ModuleShard, Segment
 
@@ -99,7 +99,7 @@ def _lists(segment: Segment) -> int:
     total, rows = 0.0, segment.words.shape[0]
     for entries, _ in _books_of(segment):
         if _large(entries):
-            lists = rows * -(-entries // SLICE_ROWS) * -(-segment.num_columns // TILE_COLUMNS)
+            lists = rows * -(-entries >> slice_bits_of(segment.vector_len)) * -(-segment.num_columns // TILE_COLUMNS)
             total += 4 * (rows * segment.num_columns + lists * _LIST_PADDING + lists)
     return int(total)
 

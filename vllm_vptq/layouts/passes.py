@@ -15,9 +15,12 @@ from vllm_vptq.parameters import ModuleShard, Segment
 
 SLICE_BITS = 13
 SLICE_ROWS = 1 << SLICE_BITS
+"""Of 16 bytes: as many entries of a slice, or half as many if they have two planes."""
 TILE_COLUMNS = 2048
 RING_BYTES = 32 * 1024
 """Of activations in csrc/cuda/wide.cuh, of sums in resident.cuh; images of the books lie behind."""
+LARGE_RING_BYTES = 64 * 1024
+"""Of activations for 128 tokens, where books leave room."""
 IMAGE_BYTES = 192 * 1024
 """For images of a book: of the 227 KiB a block can have, less the buffers."""
 FAR_BYTES = 12 * 8 * 1024
@@ -45,6 +48,11 @@ class NormPlace:
         return ABSENT if self.rows else self.shift
 
 
+def slice_bits_of(vector_len: int) -> int:
+    """Bits of an entry's place in a slice, which holds both planes of vectors that have two."""
+    return SLICE_BITS - (8 < vector_len <= 16)
+
+
 def store_norm(shard: ModuleShard, norm: Flat) -> NormPlace:
     """Stores a shard's norm."""
     if shard.scale is None or shard.shift is None:
@@ -58,7 +66,8 @@ class Pass:
     """One book, the elements of its vectors from ``8 * plane``, ``width`` of them, and the codes to look up in it.
 
     ``book`` counts rows of 16 bytes. ``copies``: images of the book; of a FAR one, rows of an entry. FAR_BYTES:
-    ``lists`` are the codes of the residual book, ``list_tiles`` their words of 16 outputs.
+    ``lists`` are the codes of the residual book, ``list_tiles`` their words of 16 outputs. SLICED, with a ``width`` of
+    16: ``res_book`` is the second plane.
     """
 
     kind: Kind
@@ -77,7 +86,12 @@ class Pass:
 
     @property
     def slices(self) -> int:
-        return -(-self.book_rows // SLICE_ROWS) if self.kind == Kind.SLICED else 1
+        return -(-self.book_rows // self.slice_rows) if self.kind == Kind.SLICED else 1
+
+    @property
+    def slice_rows(self) -> int:
+        """Entries of a slice, where there are slices."""
+        return 1 << slice_bits_of(self.segment.vector_len)
 
     @property
     def rows(self) -> int:
@@ -88,12 +102,12 @@ class Pass:
         """Of 16 outputs: two vector rows, or two planes of one."""
         return self.rows if self.width == 16 else -(-self.rows // 2)
 
-    @property
-    def shared_bytes(self) -> int:
+    def shared_bytes(self, ring_bytes: int = RING_BYTES) -> int:
+        """What a thread block needs to look up in this book."""
         if self.kind == Kind.SLICED:
             return SLICED_BYTES
         gathered = FAR_BYTES if self.kind in (Kind.FAR, Kind.FAR_BYTES) else 0
-        return RING_BYTES + self.images_bytes + gathered
+        return ring_bytes + self.images_bytes + gathered
 
     @property
     def images_bytes(self) -> int:
@@ -115,7 +129,7 @@ class Pass:
             codes=self.codes,
             row_words=self.row_words,
             book=self.book,
-            book_rows=min(SLICE_ROWS, self.book_rows) if self.kind == Kind.SLICED else self.book_rows,
+            book_rows=min(self.slice_rows, self.book_rows) if self.kind == Kind.SLICED else self.book_rows,
             res_book=self.res_book,
             res_rows=self.res_rows,
             copies=self.copies,
@@ -183,8 +197,8 @@ class _Packer:
             wide += _together(many)
             decoded.append((many[0], many[1] if len(many) > 1 else None))
         if lists or not any(book.large for book in own):
-            for plane in range(self.planes):
-                few += [self._sliced(book, plane) if book.large else self._resident(book, plane) for book in own]
+            for book in own:
+                few += self._sliced(book) if book.large else [self._resident(book, p) for p in range(self.planes)]
         return Packed(few, wide, decoded)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], int]) -> int:
@@ -212,19 +226,18 @@ class _Packer:
         rows = book.entries.shape[0]
         return Pass(Kind.FAR, self.segment, plane, codes, row_words, at, rows, copies=self.planes, width=width)
 
-    def _sliced(self, book: _Book, plane: int) -> Pass:
-        rows, segment = book.entries.shape[0], self.segment
-        slices, tiles = -(-rows // SLICE_ROWS), -(-segment.num_columns // TILE_COLUMNS)
-        bits = segment.index_bits + segment.res_bits
-        places = ("lists", book.shift), ("offsets", book.shift)
-        if places[0] not in self._made:
-            entries, offsets = torch.ops.vllm_vptq.pack_sliced(
-                self.words, segment.num_columns, bits, book.shift, book.width, slices, tiles
-            )
-            self._made[places[0]], self._made[places[1]] = self.codes.add(entries), self.codes.add(offsets)
-        lists, offsets_at = (self._made[place] for place in places)
-        at = self._plane(book, plane)
-        return Pass(Kind.SLICED, segment, plane, lists, 0, at, rows, lists=offsets_at, list_tiles=tiles)
+    def _sliced(self, book: _Book) -> list[Pass]:
+        """One pass for a vector's two planes, or one for each plane."""
+        rows, segment, tiles = book.entries.shape[0], self.segment, -(-self.segment.num_columns // TILE_COLUMNS)
+        bits, slice_bits = segment.index_bits + segment.res_bits, slice_bits_of(segment.vector_len)
+        entries, offsets = torch.ops.vllm_vptq.pack_sliced(
+            self.words, segment.num_columns, bits, book.shift, book.width, slice_bits, -(-rows >> slice_bits), tiles
+        )
+        places = dict(lists=self.codes.add(offsets), list_tiles=tiles)
+        lists, planes = self.codes.add(entries), [self._plane(book, plane) for plane in range(self.planes)]
+        if self.planes == 2:
+            return [Pass(Kind.SLICED, segment, 0, lists, 0, planes[0], rows, res_book=planes[1], width=16, **places)]
+        return [Pass(Kind.SLICED, segment, plane, lists, 0, at, rows, **places) for plane, at in enumerate(planes)]
 
     def _codes(
         self, kind: Kind, book: _Book, second: _Book | None, rows: int, copies: int, width: int

@@ -37,6 +37,7 @@ from vllm_vptq.layouts.work import (
     Decoding,
     Job,
     Kind,
+    Launch,
     LayerWork,
     LookupLayout,
     Module,
@@ -51,12 +52,11 @@ SPAN_COLUMNS = 2 * TILE_COLUMNS
 WARPS = 16
 WARP_COLUMNS = 256
 """Columns of a resident pass whose activations a warp holds."""
-TOKENS = (8, 16, 32, 64)
+TOKENS = (8, 16, 32, 64, 128)
 """Most tokens of a call, one entry per variant."""
 SCALED_TOKENS = 8
-"""Up to so many, every thread block scales the activations it wants; of more, a kernel does it first, for all."""
-DOT_COLUMNS = 2048
-"""Of a job: for 8 tokens, all loads of a thread are then under way at once."""
+"""Up to so many, thread blocks with lists scale the activations they want; else a kernel does it first, for all. That
+also gathers what a column list names, and pads what cannot be loaded 16 bytes at a time."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,17 @@ def build(
         start += shard.out_features
     packed_segments = [packed for module in parts for packed, _ in module.segments]
     few = few_tokens(packed_segments, gpu)
-    variants = [_few(tokens, parts, gpu.processors) for tokens in TOKENS if tokens <= few]
-    used = [pass_ for packed in packed_segments for pass_ in packed.few if few]
+    variants = [_few(tokens, parts, gpu) for tokens in TOKENS if tokens <= few]
+    shared = [1024, *(pass_.shared_bytes() for packed in packed_segments for pass_ in packed.few if few)]
     if gpu.tensor_groups and packed_segments:
         variants += [_wide(tokens, parts, gpu.processors) for tokens in TOKENS if tokens > few]
-        used += [pass_ for packed in packed_segments for pass_ in packed.wide]
+        ring = wide.ring_bytes(variants[-1].max_tokens, variants[-1].launches[0].wide)
+        shared += [pass_.shared_bytes(ring) for packed in packed_segments for pass_ in packed.wide]
     layer = LayerWork(
         stationary=True,
         out_features=start,
         in_features=shards[0].in_features,
-        shared_bytes=max([1024, *(pass_.shared_bytes for pass_ in used)]),
+        shared_bytes=max(shared),
         direct_tokens=direct_tokens,
         variants=variants,
         decodings=decodings,
@@ -150,7 +151,15 @@ def few_tokens(segments: Sequence[Packed], gpu: Gpu) -> int:
         return 16
     if all(pass_.kind != Kind.SLICED for packed in segments for pass_ in packed.few):
         return 0
-    return 16 if all(len(packed.few) == len(packed.wide) for packed in segments) else 8
+    return 16 if all(_listed(packed) <= _gathered(packed) for packed in segments) else 8
+
+
+def _listed(packed: Packed) -> int:
+    return sum(pass_.width // 8 for pass_ in packed.few if pass_.kind == Kind.SLICED)
+
+
+def _gathered(packed: Packed) -> int:
+    return sum(pass_.kind in (Kind.FAR, Kind.FAR_BYTES) for pass_ in packed.wide)
 
 
 def crossover_class(shards: Sequence[ModuleShard]) -> str:
@@ -181,72 +190,68 @@ class _ModuleParts:
             module.scale, module.shift = self.place.scale, self.place.shift
         return module
 
-    def dot_units(self, module: Module, variant: Variant) -> list[Unit]:
-        """Units that compute the dot product of the norm, if there is one, for all tokens at once."""
-        if self.place.scale == ABSENT:
-            return []
-        columns = self.shard.in_features
-        begins = range(0, columns, DOT_COLUMNS)
-        module.dot, module.dots = variant.reserve(len(begins)), len(begins)
-        return [
-            Unit(
-                Job(
-                    Kind.DOT,
-                    column_begin=begin,
-                    column_end=min(columns, begin + DOT_COLUMNS),
-                    out=module.dot + i,
-                    shift=self.place.column_shift,
-                ),
-                variant.max_tokens,
-                variant.max_tokens,
-                2000,
-                tile=1500,
-            )
-            for i, begin in enumerate(begins)
-        ]
 
+def _few(tokens: int, modules: Sequence[_ModuleParts], gpu: Gpu) -> Variant:
+    """The variant of calls of up to ``tokens``, 8 or 16, by csrc/cuda/multiply.cu.
 
-def _few(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Variant:
-    """The variant of calls of up to ``tokens``, 8 or 16, by csrc/cuda/multiply.cu."""
+    Books beside lists that fit shared memory are looked up in a launch of wide.cuh, where the GPU has it.
+    """
     made = Variant(tokens)
+    jobs = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.few] for m in modules])
+    flat = [both for own in jobs for both in own]
+    listed = [pass_.kind == Kind.SLICED for pass_, _ in flat]
+    if not (gpu.tensor_groups and any(listed)):
+        listed = [True] * len(flat)
     units: list[Unit] = []
-    for jobs, dots in _jobs(
-        made, modules, [[(p, at) for packed, at in m.segments for p in packed.few] for m in modules]
-    ):
-        for pass_, job in jobs:
-            units += _units(pass_, job, made, processors)
-        units += dots
-    made.jobs = work.cut(units, processors)
+    for (pass_, job), here in zip(flat, listed, strict=True):
+        if here:
+            units += _units(pass_, job, made, gpu.processors)
+    made.launches.append(Launch(work.cut(units, gpu.processors)))
+    if not all(listed):
+        apart = [both for both, here in zip(flat, listed, strict=True) if not here]
+        wide.cut(made, apart, gpu.processors)
+    # The parts of a module follow each other.
+    made_as = sorted(range(len(flat)), key=lambda i: not listed[i])
+    made.parts = [part for _, part in sorted(zip(made_as, made.parts, strict=True), key=lambda both: both[0])]
     return made
 
 
 def _wide(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Variant:
     """The variant of calls of up to ``tokens`` by csrc/cuda/wide.cuh."""
     made = Variant(tokens)
-    own = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.wide] for m in modules])
-    wide.cut(made, [jobs for jobs, _ in own], [unit for _, dots in own for unit in dots], processors)
+    jobs = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.wide] for m in modules])
+    wide.cut(made, [both for own in jobs for both in own], processors)
     return made
 
 
 def _jobs(
     made: Variant, modules: Sequence[_ModuleParts], passes: Sequence[Sequence[tuple[Pass, int]]]
-) -> list[tuple[list[tuple[Pass, Job]], list[Unit]]]:
-    """Jobs over all of each module's passes, given with their column lists, and units of its dot product; adds records.
+) -> list[list[tuple[Pass, Job]]]:
+    """Jobs over all of each module's passes, given with their column lists; adds records. A pass has one part.
 
-    There are no such units where a kernel before prepares activations and dot products. A pass has one part.
+    Activations and a norm's dot products are left to a kernel before, except where all is in lists.
     """
     found, first = [], 0
     for module, own in zip(modules, passes, strict=True):
-        jobs, dots = [(pass_, pass_.job(module.place, at)) for pass_, at in own], []
+        jobs = [(pass_, pass_.job(module.place, at)) for pass_, at in own]
         record = module.record(first, len(jobs))
-        if made.max_tokens > SCALED_TOKENS:
-            jobs = _prepare(made, record, module, jobs)
-        else:
-            dots = module.dot_units(record, made)
         first += len(jobs)
+        listed = all(pass_.kind == Kind.SLICED and _as_in_memory(pass_, job) for pass_, job in jobs)
+        if made.max_tokens > SCALED_TOKENS or not listed:
+            jobs = _prepare(made, record, module, jobs)
+        elif module.place.scale != ABSENT:
+            (pass_, job), *others = jobs
+            record.dots = len(_column_ranges(pass_, made.max_tokens, 1))
+            record.dot = made.reserve(record.dots)
+            jobs = [(pass_, replace(job, dot=record.dot)), *others]
         made.modules.append(record)
-        found.append((jobs, dots))
+        found.append(jobs)
     return found
+
+
+def _as_in_memory(pass_: Pass, job: Job) -> bool:
+    """Whether a pass takes its columns as they lie in the input, where it can load them 16 bytes at a time."""
+    return job.column_list == ABSENT and pass_.segment.num_columns % 8 == 0
 
 
 def _prepare(
@@ -258,13 +263,12 @@ def _prepare(
     def prepared(pass_: Pass, job: Job) -> Job:
         columns = pass_.segment.num_columns
         key = (job.scale, job.column_list)
-        # As they are, activations are copied 16 bytes at a time.
-        if key == (ABSENT, ABSENT) and columns % 8 == 0:
+        if job.scale == ABSENT and _as_in_memory(pass_, job):
             return job
         if key not in places:
             places[key] = made.prepared_columns
-            made.preparations.append(Preparation(*key, columns, at=places[key]))
-            made.prepared_columns += -(-columns // 8) * 8
+            made.preparations.append(Preparation(*key, 0, columns, at=places[key]))
+            made.prepared_columns += -(-columns // wide.GRANULE_COLUMNS) * wide.GRANULE_COLUMNS
         return replace(job, scale=ABSENT, column_list=ABSENT, source=places[key])
 
     first = len(made.preparations)
@@ -274,9 +278,9 @@ def _prepare(
         return own
     whole = next((p for p in made.preparations[first:] if p.column_list == ABSENT), None)
     if whole is None:
-        whole = Preparation(ABSENT, ABSENT, columns)
+        whole = Preparation(ABSENT, ABSENT, 0, columns)
         made.preparations.append(whole)
-    assert whole.columns == columns
+    assert whole.column_end == columns
     whole.shift = place.column_shift
     whole.dot = record.dot = made.reserve(whole.chunks)
     record.dots = whole.chunks
@@ -287,18 +291,21 @@ def _units(pass_: Pass, whole: Job, variant: Variant, processors: int) -> list[U
     """Cuts a pass by columns and slices, reserves its sums, and adds its part to the variant."""
     segment = pass_.segment
     ranges = _column_ranges(pass_, variant.max_tokens, processors)
-    splits, sums = len(ranges) * pass_.slices, pass_.rows * 8 + 8  # pairs of rows: one more
+    width = pass_.width
+    splits, sums = len(ranges) * pass_.slices, pass_.rows * width + 8  # pairs of rows: one more
     at = variant.reserve(splits * sums)
-    variant.parts.append(Part(at, splits, sums, segment.vector_len, segment.skip, pass_.plane))
+    variant.parts.append(Part(at, splits, sums, segment.vector_len, segment.skip, pass_.plane, width))
     jobs = [
         replace(
             whole,
             column_begin=begin,
             column_end=end,
-            book=pass_.book + slice_ * SLICE_ROWS,
-            book_rows=min(whole.book_rows, pass_.book_rows - slice_ * SLICE_ROWS),
+            book=pass_.book + slice_ * pass_.slice_rows,
+            book_rows=min(whole.book_rows, pass_.book_rows - slice_ * pass_.slice_rows),
+            res_book=whole.res_book if whole.res_book == ABSENT else whole.res_book + slice_ * pass_.slice_rows,
             lists=pass_.lists + slice_ * pass_.rows * pass_.list_tiles,
             out=at + (slice_ * len(ranges) + i) * sums,
+            dot=ABSENT if whole.dot == ABSENT or slice_ else whole.dot + i,
         )
         for slice_ in range(pass_.slices)
         for i, (begin, end) in enumerate(ranges)
@@ -310,9 +317,10 @@ def _unit(pass_: Pass, job: Job, tokens: int) -> Unit:
     """Costs are in cycles, fitted to measurements on an H200; only their proportions matter."""
     columns = job.column_end - job.column_begin
     if pass_.kind == Kind.SLICED:
-        per_phase = 3.2 if tokens <= 8 else 4.6
+        per_phase = (3.2 if tokens <= 8 else 4.6) * (1.5 if pass_.width == 16 else 1)
         cost = WARPS * (columns / pass_.slices / 8 * per_phase + 30)
-        return Unit(job, pass_.rows, WARPS, cost, fill=4000, tile=1500 + columns * tokens / 32, held=job.book)
+        tile = 1500 + columns * tokens / 32 + (0 if job.dot == ABSENT else 1000)
+        return Unit(job, pass_.rows, WARPS, cost, fill=4000, tile=tile, held=job.book)
     per_phase = {1: 2.7, 2: 1.9, 3: 1.5, 8: 1.1}[pass_.copies] * (2 if pass_.kind == Kind.BYTE_PAIRS else 1)
     cost = columns / 4 * per_phase + 60 * tokens / 8
     return Unit(job, pass_.tiles, 1, cost, fill=2000 + pass_.images_bytes / 64, tile=1500)

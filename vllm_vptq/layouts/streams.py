@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_vptq.layouts.compact import CompactLayout
 from vllm_vptq.layouts.plan import ABSENT, NORM_COLUMNS, NORM_ROWS, ModulePlan, SegmentPlan, decode
-from vllm_vptq.layouts.work import Decoding, Job, Kind, LayerWork, LookupLayout, Module, Part, Variant
+from vllm_vptq.layouts.work import Decoding, Job, Kind, Launch, LayerWork, LookupLayout, Module, Part, Variant
 
 TOKENS = 8
 """Most tokens of one launch."""
@@ -17,7 +17,8 @@ _LEAST_COLUMNS = 1024
 
 def build(layout: CompactLayout, in_features: int, processors: int, direct_tokens: int) -> LookupLayout:
     """Adds the jobs for a GPU with ``processors`` multiprocessors to a compact layout."""
-    variant = Variant(TOKENS)
+    launch = Launch()
+    variant = Variant(TOKENS, [launch])
     decodings: list[Decoding] = []
     dense: list[tuple[int, int, int]] = []
     modules = decode(layout.plan)
@@ -28,7 +29,7 @@ def build(layout: CompactLayout, in_features: int, processors: int, direct_token
     for module in modules:
         first = len(variant.parts)
         for segment in module.segments:
-            _add_segment(module, segment, in_features, variant, decodings, splits)
+            _add_segment(module, segment, in_features, variant, launch, decodings, splits)
         end = module.out_start + module.out_features
         record = Module(module.out_start, end, first, len(variant.parts), dense=int(module.dense_offset != ABSENT))
         if module.dense_offset != ABSENT:
@@ -40,7 +41,7 @@ def build(layout: CompactLayout, in_features: int, processors: int, direct_token
                 record.scale, record.shift = module.norm_offset, module.norm_offset + module.out_features
             else:
                 shift = module.norm_offset + in_features
-            variant.jobs.append([Job(Kind.DOT, column_end=in_features, row_end=TOKENS, out=record.dot, shift=shift)])
+            launch.jobs.append([Job(Kind.DOT, column_end=in_features, row_end=TOKENS, out=record.dot, shift=shift)])
         variant.modules.append(record)
     layer = LayerWork(
         stationary=False,
@@ -61,6 +62,7 @@ def _add_segment(
     segment: SegmentPlan,
     in_features: int,
     variant: Variant,
+    launch: Launch,
     decodings: list[Decoding],
     splits: int,
 ) -> None:
@@ -73,7 +75,7 @@ def _add_segment(
         variant.parts.append(Part(at, len(ranges), sums, segment.vector_len, segment.skip, plane))
         for split, (begin, end) in enumerate(ranges):
             for row in range(0, segment.vector_rows, _ROWS_PER_JOB):
-                variant.jobs.append([_job(segment, plane, scale, in_features, begin, end, row, at + split * sums)])
+                launch.jobs.append([_job(segment, plane, scale, in_features, begin, end, row, at + split * sums)])
     whole = _job(segment, 0, scale, in_features, 0, segment.num_columns, 0, 0, whole=True)
     part = Part(0, 0, 0, segment.vector_len, segment.skip, 0)
     decodings.append(Decoding(len(variant.modules), whole, None, part))

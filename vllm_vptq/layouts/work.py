@@ -59,6 +59,7 @@ class Job(Record):
     shift: int = ABSENT
     width: int = 8
     source: int = ABSENT
+    dot: int = ABSENT
 
 
 @dataclass
@@ -90,17 +91,18 @@ class Module(Record):
     dense: int = 0
 
 
-PREPARE_COLUMNS = 2048
+PREPARE_COLUMNS = 4096
 """Of a thread block of csrc/cuda/prepare.cu."""
 
 
 @dataclass
 class Preparation(Record):
-    """What is done once to activations that many thread blocks want: ``vptq::Preparation``."""
+    """What is done once to activations that many thread blocks want: ``vptq::Preparation``, of all columns at first."""
 
     scale: int
     column_list: int
-    columns: int
+    column_begin: int
+    column_end: int
     at: int = ABSENT
     shift: int = ABSENT
     dot: int = ABSENT
@@ -108,21 +110,43 @@ class Preparation(Record):
     @property
     def chunks(self) -> int:
         """Thread blocks a token, each of which leaves a part of the dot product."""
-        return -(-self.columns // PREPARE_COLUMNS)
+        return -(-self.column_end // PREPARE_COLUMNS)
+
+    def cut(self) -> list[Preparation]:
+        """Those of each thread block."""
+        return [
+            replace(
+                self,
+                column_begin=begin,
+                column_end=min(self.column_end, begin + PREPARE_COLUMNS),
+                at=ABSENT if self.at == ABSENT else self.at + begin,
+                dot=ABSENT if self.dot == ABSENT else self.dot + i,
+            )
+            for i, begin in enumerate(range(0, self.column_end, PREPARE_COLUMNS))
+        ]
+
+
+@dataclass
+class Launch:
+    """What one kernel works off: the jobs of each of its thread blocks.
+
+    ``wide``: that kernel is csrc/cuda/wide.cuh, all look-ups being of this kind (DOT: of several); or ABSENT.
+    """
+
+    jobs: list[list[Job]] = field(default_factory=list)
+    wide: int = ABSENT
 
 
 @dataclass
 class Variant:
-    """How calls of up to ``max_tokens`` are worked off: the jobs of each thread block, and where sums go.
+    """How calls of up to ``max_tokens`` are worked off: by which launches, one after another, and where sums go.
 
-    ``wide``: worked off by csrc/cuda/wide.cuh, all look-ups being of this kind (DOT: of several); or ABSENT.
     ``counts``: lists that parts name by their place here, until they are stored. ``preparations`` fill rows of
     ``prepared_columns`` activations, which jobs take theirs from.
     """
 
     max_tokens: int
-    wide: int = ABSENT
-    jobs: list[list[Job]] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
     modules: list[Module] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     counts: list[list[int]] = field(default_factory=list)
@@ -202,16 +226,18 @@ class LayerWork:
         plan = [int(self.stationary), self.out_features, self.in_features, self.shared_bytes, self.direct_tokens]
         plan += [len(self.variants), len(self.variants[0].modules)]
         for v in self.variants:
-            jobs = store([job for thread_block in v.jobs for job in thread_block])
-            starts = len(words)
-            words.append(0)
-            for thread_block in v.jobs:
-                words.append(words[-1] + len(thread_block))
             parts = [part if part.counts == ABSENT else self._with_counts(part, v, words) for part in v.parts]
-            plan += [v.max_tokens, v.wide, v.stride, jobs, starts, len(v.jobs)]
-            plan += [store(v.modules), store(parts), store(v.preparations)]
-            plan += [sum(p.chunks for p in v.preparations), v.prepared_columns, len(parts)]
-            plan += [n for record in (*v.modules, *parts) for n in record.numbers()]
+            prepared = [piece for whole in v.preparations for piece in whole.cut()]
+            plan += [v.max_tokens, v.stride, store(v.modules), store(parts)]
+            plan += [store(prepared), len(prepared), v.prepared_columns, len(v.launches)]
+            for launch in v.launches:
+                jobs = store([job for thread_block in launch.jobs for job in thread_block])
+                starts = len(words)
+                words.append(0)
+                for thread_block in launch.jobs:
+                    words.append(words[-1] + len(thread_block))
+                plan += [launch.wide, jobs, starts, len(launch.jobs)]
+            plan += [len(parts), *(n for record in (*v.modules, *parts) for n in record.numbers())]
         plan += [len(self.decodings), *(n for decoding in self.decodings for n in decoding.numbers())]
         plan += [len(self.dense), *(n for entry in self.dense for n in entry)]
         return torch.tensor(words, dtype=torch.int32).to(device), plan
