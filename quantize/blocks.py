@@ -54,8 +54,10 @@ def quantize_block(
             raise QuantizeError(f"{min(lost)}: no calibration token reached this layer; skip it with a rule")
         tuning = run.recipe.finetune_blocks.steps
         with clock("forward"):
-            hidden = _advanced(i, block, batches) if original else None
-            wanted = _advanced(i, block, batches) if tuning and tuned_part(block) not in run.parts else []
+            hidden = _advanced(i, block.module, batches) if original else None
+            wanted = []
+            if tuning and tuned_part(block) not in run.parts:
+                wanted = _wanted(run, i, block, batches, reference, twin)
         coded: dict[str, Tensor] = {}
         for stage in order:
             missing = [name for name in stage if name not in run.parts]
@@ -111,9 +113,22 @@ def _targets(
 
 
 @torch.inference_mode()
-def _advanced(i: int, block: Block, batches: list[Batch]) -> list[Tensor]:
-    """What the block gives for each batch, where the batch is kept."""
-    return [batch.run(i, block.module).to(batch.hidden.device) for batch in batches]
+def _advanced(i: int, module: torch.nn.Module, batches: list[Batch]) -> list[Tensor]:
+    """What a block gives for each batch, where the batch is kept."""
+    return [batch.run(i, module).to(batch.hidden.device) for batch in batches]
+
+
+@torch.inference_mode()
+def _wanted(
+    run: Run, i: int, block: Block, batches: list[Batch], reference: Original | None, twin: torch.nn.Module | None
+) -> list[Tensor]:
+    """What a block is trained towards: what it gave for each batch, or as far as targets are corrected for drift, what
+    it gave the original's activations."""
+    here = _advanced(i, block.module, batches)
+    if reference is None or twin is None:
+        return here
+    pairs = zip(here, _advanced(i, twin, reference.batches), strict=True)
+    return [drifted.lerp(undrifted, run.recipe.correction) for drifted, undrifted in pairs]
 
 
 @torch.inference_mode()

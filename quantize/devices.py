@@ -120,7 +120,12 @@ def fits(model: nn.Module, device: torch.device) -> bool:
     """Whether a device has room for a whole model, and for as much again to work with it."""
     if device.type == "cpu":
         return True
-    return 2 * sum(parameter.nbytes for parameter in model.parameters()) < torch.cuda.mem_get_info(device)[0]
+    return 2 * sum(parameter.nbytes for parameter in model.parameters()) < free_memory(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that nobody has."""
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 @contextlib.contextmanager
