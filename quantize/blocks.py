@@ -6,17 +6,18 @@ import contextlib
 import time
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantize.devices import Clock, peak_memory, resident, share
+from quantize.devices import Clock, peak_memory, resident
 from quantize.drift import Original, corrected, drift
 from quantize.errors import QuantizeError
 from quantize.model import Batch, Block
 from quantize.moments import Weights, collect, stages
 from quantize.plan import Plan
-from quantize.recipe import LayerRecipe
+from quantize.recipe import LayerRecipe, Recipe
 from quantize.run import Run, tuned_part
 from quantize.solver import solve
 from quantize.training import finetune_block, put_tuned, put_weight
@@ -144,36 +145,33 @@ def _solve_stage(
     layers: Mapping[str, LayerRecipe],
     moments: Mapping[str, Tensor],
 ) -> None:
-    """Codes layers that have the same input, each on one of the run's devices; every finished one is a part."""
-
-    jobs = [
-        (
-            float(target.numel()),
-            partial(
-                _solve, run, target, name, layers[name], moments[name], book_dtype(block.linears[name].weight.dtype)
-            ),
-        )
-        for name, target in targets.items()
-    ]
-    share(run.devices, jobs)
+    """Codes layers that have the same input, wherever the run has its jobs done; every finished one is a part."""
+    names = list(targets)
+    jobs = []
+    for name, target in targets.items():
+        dtype = book_dtype(block.linears[name].weight.dtype)
+        coding = partial(coded_layer, target, name, layers[name], moments[name], run.recipe, dtype)
+        jobs.append((float(target.numel()), coding))
+    run.share(jobs, lambda i, made: run.parts.save(names[i], *made))
 
 
 @torch.inference_mode()
-def _solve(
-    run: Run,
+def coded_layer(
     target: Tensor,
     name: str,
     layer: LayerRecipe,
     moment: Tensor,
+    recipe: Recipe,
     dtype: torch.dtype,
     device: torch.device,
-) -> None:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A layer's tensors, on the CPU, and its record."""
     started = time.perf_counter()
     try:
-        solution = solve(target.to(device), moment.to(device), layer, run.recipe, dtype)
+        solution = solve(target.to(device), moment.to(device), layer, recipe, dtype)
     except QuantizeError as error:
         raise QuantizeError(f"{name}: {error}") from error
-    record = {
+    return solution.tensors, {
         "layer": name,
         "bits": effective_bits(solution.spec),
         "error": solution.error,
@@ -182,7 +180,6 @@ def _solve(
         "step_seconds": {step: round(seconds, 3) for step, seconds in solution.seconds.items()},
         "peak_mib": peak_memory(device) >> 20,
     }
-    run.parts.save(name, solution.tensors, record)
 
 
 def book_dtype(weight_dtype: torch.dtype) -> torch.dtype:

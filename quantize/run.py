@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantize.devices import Done, Job, Share, ignore, share
 from quantize.model import Block
 from quantize.parts import Parts
 from quantize.recipe import Recipe
@@ -30,6 +33,12 @@ class Run:
     """Calibration tokens int64 ``[sequences, context]``, on the first device."""
     devices: list[torch.device]
     """What layers are coded on; the first one runs the blocks."""
+    cluster: Share | None = None
+    """Other machines to code layers on."""
+
+    def share(self, jobs: Sequence[Job], done: Done = ignore) -> list:
+        """Has jobs done by the cluster, or by the devices: their results, in order."""
+        return (self.cluster or partial(share, self.devices))(jobs, done)
 
     @property
     def device(self) -> torch.device:
