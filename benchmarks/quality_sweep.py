@@ -70,6 +70,8 @@ def run(row: str, arguments: argparse.Namespace) -> None:
             save(result(out, arguments, row, preset, seconds, cpu_seconds), arguments.results)
     except Exception:
         print(f"{row} failed:\n{traceback.format_exc()}", flush=True)
+    finally:
+        torch.cuda.empty_cache()  # the others share the GPU
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def same_files(model: Path, text: Path, folder: Path, update: dict, cluster: Any
 
 
 def test_without_ray_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(QuantizeError, match="pip install"):
         Cluster("auto")
 
@@ -65,19 +67,9 @@ def test_rays_workers_write_what_one_process_writes(
 
 
 def test_an_error_in_a_worker_is_raised_here(ray_cluster: Cluster) -> None:
-    from functools import partial
-
     with pytest.raises(QuantizeError, match=r"^layer 3$"):
         ray_cluster([(1.0, partial(fail, "layer 3"))], lambda i, result: None)
 
 
 def fail(what: str, device: torch.device) -> None:
     raise QuantizeError(what)
-
-
-def test_an_address_that_nobody_has(ray_cluster: Cluster) -> None:
-    import ray
-
-    ray.shutdown()
-    with pytest.raises(QuantizeError, match="--ray"):
-        Cluster("127.0.0.1:1")
