@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ SHAPES = {
     "70B gate_up": ([28672, 28672], 8192),
     "70B down": ([8192], 28672),
 }
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 1024, 4096]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 Rows = list[dict[str, object]]
 COLD_BYTES = 200 << 20
 """Weights that a graph rotates among: several times the L2 cache."""
@@ -107,6 +108,12 @@ def build(shards: list[ModuleShard], dtype: torch.dtype, layout: str, direct_tok
     return Layer(made, copies, size * 8 / made.weights)
 
 
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps memory for every stream."""
+    return torch.cuda.Stream()
+
+
 def microseconds(call: Callable[[int], Tensor], copies: int, replays: int = 7) -> float:
     """Time of one call of a CUDA graph that makes ``call(i)`` for many i; median of the replays."""
     for i in range(2):
@@ -119,10 +126,15 @@ def microseconds(call: Callable[[int], Tensor], copies: int, replays: int = 7) -
     torch.cuda.synchronize()
     # About 10 ms a replay, and every copy at least once.
     calls = max(min(copies, 40), min(200, int(10 / max(begin.elapsed_time(end), 1e-2))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Not by torch.cuda.graph, which collects garbage and empties the cache first: longer than measuring takes.
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
         for i in range(calls):
             call(i)
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
     graph.replay()
     times = []
     for _ in range(replays):
