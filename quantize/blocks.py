@@ -58,7 +58,7 @@ def quantize_block(
             hidden = _advanced(i, block.module, batches) if original else None
             wanted = []
             if tuning and tuned_part(block) not in run.parts:
-                wanted = _wanted(run, i, block, batches, reference, twin)
+                wanted = wanted_outputs(i, block, batches, run.recipe.correction, reference, twin)
         coded: dict[str, Tensor] = {}
         for stage in order:
             missing = [name for name in stage if name not in run.parts]
@@ -120,16 +120,23 @@ def _advanced(i: int, module: torch.nn.Module, batches: list[Batch]) -> list[Ten
 
 
 @torch.inference_mode()
-def _wanted(
-    run: Run, i: int, block: Block, batches: list[Batch], reference: Original | None, twin: torch.nn.Module | None
+def wanted_outputs(
+    i: int,
+    block: Block,
+    batches: list[Batch],
+    share: float = 0.0,
+    reference: Original | None = None,
+    twin: torch.nn.Module | None = None,
 ) -> list[Tensor]:
-    """What a block is trained towards: what it gave for each batch, or as far as targets are corrected for drift, what
-    it gave the original's activations."""
+    """What block i is trained towards: what it gives for each batch before it is coded.
+
+    With a reference, a ``share`` of the way from there to what its ``twin`` gives the original's activations.
+    """
     here = _advanced(i, block.module, batches)
     if reference is None or twin is None:
         return here
     pairs = zip(here, _advanced(i, twin, reference.batches), strict=True)
-    return [drifted.lerp(undrifted, run.recipe.correction) for drifted, undrifted in pairs]
+    return [drifted.lerp(undrifted, share) for drifted, undrifted in pairs]
 
 
 @torch.inference_mode()
