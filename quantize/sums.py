@@ -22,13 +22,15 @@ class IndexedSums:
             self._sort()
 
     def _sort(self) -> None:
-        in_order, order = self._index.sort(stable=True)
+        # Radix sort takes a pass for every byte of a key.
+        index = self._index.short() if self._count <= torch.iinfo(torch.int16).max else self._index
+        in_order, order = index.sort(stable=True)
         self._order = order.int()
-        every = torch.arange(self._count + 1, dtype=in_order.dtype, device=in_order.device)
-        bounds = torch.searchsorted(in_order, every)
-        sizes = bounds.diff()
+        every = torch.arange(self._count, device=index.device)
+        starts = torch.searchsorted(in_order.int(), every.int())
+        sizes = torch.cat([starts, starts.new_full((1,), len(index))]).diff()
         self._pieces = -(-sizes // _PIECE)
-        owner = torch.repeat_interleave(every[:-1], self._pieces)
+        owner = torch.repeat_interleave(every, self._pieces)
         rank = torch.arange(len(owner), device=owner.device) - (self._pieces.cumsum(0) - self._pieces)[owner]
         self._lengths = (sizes[owner] - rank * _PIECE).clamp_max(_PIECE)
 
