@@ -215,7 +215,7 @@ def coded_block(
     with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder) / "out", {})
         run = Run(model, None, decoder_blocks(model), recipe, parts, Progress(parts), ids.to(device), devices)
-        batches = first_inputs(model, run.blocks, run.id_batches())
+        batches = first_inputs(model, run.blocks, run.block_batches())
         reference = Original(batches) if recipe.drifts else None
         started = time.perf_counter()
         seconds = quantize_block(run, plan, 0, batches, None, reference)

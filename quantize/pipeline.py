@@ -62,7 +62,7 @@ def quantize_model(source: str, out: Path, recipe: Recipe, report: Report, clust
     plan, weights = _prepare(run)
     report.plan(source, plan.specs, plan.weights, plan.bits)
     report.stage("quantizing")
-    quantize_blocks(run, plan, first_inputs(model, blocks, run.id_batches()), weights)
+    quantize_blocks(run, plan, first_inputs(model, blocks, run.block_batches()), weights)
     if recipe.finetune.steps:
         report.stage("fine-tuning")
         finetune_model(run, plan)

@@ -17,6 +17,8 @@ from quantize.recipe import Recipe
 from quantize.report import Report
 
 BATCH_TOKENS = 2048
+_GPU_BATCH_TOKENS = 8192
+"""Where no gradients are taken: a GPU does so many as soon as it is told of them."""
 
 
 @dataclass
@@ -48,6 +50,11 @@ class Run:
     def id_batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
         """The calibration sequences in batches of about so many tokens."""
         return list(self.ids.split(max(1, tokens // self.recipe.context)))
+
+    def block_batches(self) -> list[Tensor]:
+        """The calibration sequences as they go through the blocks."""
+        larger = self.device.type == "cuda" and not self.recipe.finetune_blocks.steps
+        return self.id_batches(_GPU_BATCH_TOKENS if larger else BATCH_TOKENS)
 
     def trained(self, name: str) -> dict[str, Tensor]:
         """What the training of the block changed that a module or parameter is in; nothing if there was none."""
