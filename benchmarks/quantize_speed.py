@@ -292,9 +292,8 @@ def versions() -> dict[str, str]:
 def save(row: dict[str, Any], folder: Path, device: torch.device) -> None:
     """Adds a row to the day's file."""
     folder.mkdir(parents=True, exist_ok=True)
-    kind = (
-        "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name(device).split()[-1].lower())
-    )
+    words = torch.cuda.get_device_name(device).lower().split() if device.type == "cuda" else ["cpu"]
+    kind = next((word for word in words if re.search(r"\d", word)), words[-1])  # h100 of "NVIDIA H100 80GB HBM3"
     path = folder / f"quantize-{date.today().isoformat()}-{kind}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     path.write_text(json.dumps([*rows, row], indent=1) + "\n")
