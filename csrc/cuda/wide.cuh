@@ -32,6 +32,11 @@ struct Shape {
   static constexpr int kBytes = N * kColumns * 2;
   static constexpr int kStages = kRing / kBytes;
   static constexpr int kThreads = kConsumers + 32;  // of which one orders activations
+  // A thread's, so few where they suffice that a block of finish.cu finds room beside: a quarter of a multiprocessor
+  // has 16384 for its four or five warps, and a warp of that block takes 2048.
+  static constexpr int kRegisters = N == 128 || kOnly == Kind::kDot || (N == 64 && kOnly == Kind::kFarBytes) ? 128
+                                    : kWarps == 16                                                           ? 88
+                                                                                                             : 112;
   static_assert(kStages >= 2 && kStages <= kMostStages);
 
   // Where 16 columns of a stage, the step `s`, lie in the ring.
@@ -240,7 +245,7 @@ struct Maps {
 // `kOnly`: the kind of all jobs, or kDot if there are several, which takes more registers than wgmma
 // would like to have.
 template <typename T, int N, Kind kOnly>
-__global__ void __launch_bounds__(Shape<N, kOnly>::kThreads, 1)
+__global__ void __maxnreg__((Shape<N, kOnly>::kRegisters))
     wide_kernel(const Layer layer, const Tokens tokens, const __grid_constant__ Maps maps, const Job* __restrict__ jobs,
                 const int32_t* __restrict__ starts, float* __restrict__ workspace, int64_t stride) {
 #if VPTQ_HAS_WGMMA
