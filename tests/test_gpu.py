@@ -32,6 +32,8 @@ FORMATS = {
     "v6-k4096": dict(vector_len=6, num_centroids=4096),
     "v12-k4096-4096": dict(vector_len=12, num_centroids=4096, num_res_centroids=4096),
     "v16-k65536-65536": dict(vector_len=16, num_centroids=65536, num_res_centroids=65536),
+    "v16-k65536-1024": dict(vector_len=16, num_centroids=65536, num_res_centroids=1024),
+    "v12-k65536": dict(vector_len=12, num_centroids=65536),
     "v16-k16384-32": dict(vector_len=16, num_centroids=16384, num_res_centroids=32),
     "v4-k16-8": dict(vector_len=4, num_centroids=16, num_res_centroids=8),
     "v5-k1024": dict(vector_len=5, num_centroids=1024),

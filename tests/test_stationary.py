@@ -555,6 +555,29 @@ def test_which_kernel_serves(names, wide, most, beside):
             np.testing.assert_allclose(kernels.linear(x[:tokens]), expected_y, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("name", "columns", "extra", "prepared"),
+    [
+        ("v8-k65536", 320, "plain", []),
+        ("v8-k65536", 320, "row norm", [16, 32, 64, 128]),
+        ("v8-k65536", 320, "column norm", [16, 32, 64, 128]),
+        ("v8-k65536-256", 320, "column norm", [8, 16, 32, 64, 128]),
+        ("v8-k256-256", 320, "column norm", [8, 16, 32, 64, 128]),
+        ("v8-k256-256", 320, "plain", []),
+        ("v8-k65536", 324, "plain", [8, 16, 32, 64, 128]),
+        ("v8-k65536", 480, "groups", [8, 16, 32, 64, 128]),
+    ],
+)
+def test_what_is_prepared(name, columns, extra, prepared):
+    """Lists of up to 8 tokens do without, unless columns are scattered or cannot be loaded 16 bytes at a time."""
+    shards, _ = fused_layer([LayerSpec(columns, 61, **FORMATS[name], **EXTRAS[extra])])
+    plan = Kernels(build(shards)).plan
+    plan.check_limits(132)
+    assert [v.max_tokens for v in plan.variants if v.preparations] == prepared
+    for v in plan.variants:
+        assert all(m.dots == (extra.endswith("norm")) for m in v.modules)
+
+
 @pytest.mark.parametrize("entries", [256, 257, 4096, 4097, 4260, 6144, 6200, 8192, 8193])
 def test_images_fill_shared_memory(entries):
     """Only books of outliers may have any size."""
