@@ -3,12 +3,14 @@
     python benchmarks/quality.py MODEL TEXT [--context 1024] [--tokens 40960] [vptq-quantize run options ...]
 
 Writes ``benchmarks/results/quality-DATE-MODEL.json`` with the machine, the versions and the recipe; a second run on the
-same day adds its row. ``--table`` prints the rows of such files as a Markdown table.
+same day adds its row. ``--table`` prints the rows of such files as a Markdown table. Many rows at once on a GPU:
+``quality_sweep.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -53,14 +55,24 @@ def main() -> None:
         command = [sys.executable, "-m", "quantize.cli", "run", arguments.model, "--out", str(out), *options]
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - started
-        original, quantized = compare(arguments.model, out, arguments)
-        bits = total_bits(dict(read_config(out)[1]))
-        recipe = json.loads((out / "vptq_recipe.json").read_text())
-        errors = [json.loads(line)["error"] for line in (out / REPORT).read_text().splitlines()]
+        cpu_seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        name = arguments.name or " ".join(o for o in options if not Path(o).is_file() and o != "--calibration")
+        method = options[options.index("--preset") + 1] if "--preset" in options else "default"
+        save(result(out, arguments, name, method, seconds, cpu_seconds), RESULTS)
+
+
+def result(
+    out: Path, arguments: argparse.Namespace, name: str, method: str, seconds: float, cpu_seconds: float
+) -> dict:
+    """The row of a checkpoint that was made of ``arguments.model``."""
+    original, quantized = compare(arguments.model, out, arguments)
+    bits = total_bits(dict(read_config(out)[1]))
+    recipe = json.loads((out / "vptq_recipe.json").read_text())
+    errors = [json.loads(line)["error"] for line in (out / REPORT).read_text().splitlines()]
     sources = [Path(source).name for source in recipe.get("calibration", ["self"])]
-    row = {
-        "name": arguments.name or " ".join(o for o in options if not Path(o).is_file() and o != "--calibration"),
-        "method": options[options.index("--preset") + 1] if "--preset" in options else "default",
+    return {
+        "name": name,
+        "method": method,
         "model": Path(arguments.model).name,
         "text": Path(arguments.text).name,
         "context": arguments.context,
@@ -73,10 +85,9 @@ def main() -> None:
         "divergence": round(quantized.divergence or 0.0, 4),
         "mean_layer_error": round(sum(errors) / len(errors), 6),
         "quantize_s": round(seconds, 1),
-        "quantize_cpu_s": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, 1),
+        "quantize_cpu_s": round(cpu_seconds, 1),
         "load": round(os.getloadavg()[2], 1),
     }
-    save(row)
 
 
 def compare(model: str, out: Path, arguments: argparse.Namespace) -> tuple[Score, Score]:
@@ -88,20 +99,29 @@ def compare(model: str, out: Path, arguments: argparse.Namespace) -> tuple[Score
     return score(original, tokenizer, text, *size), score(quantized, tokenizer, text, *size, reference=original)
 
 
-def save(row: dict) -> None:
-    """Adds a row to today's file for the model and prints it."""
-    path = RESULTS / f"quality-{date.today()}-{row['model']}.json"
+def save(row: dict, folder: Path) -> None:
+    """Adds a row to today's file for the model, whole or not at all whoever else writes, and prints it."""
+    path = results_path(folder, row["model"])
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     head = {
         "machine": f"{machine}, {platform.machine()}",
         "versions": {name: version(name) for name in ("torch", "transformers", "vllm-vptq")},
         "rows": [],
     }
-    results = json.loads(path.read_text()) if path.exists() else head
-    results["rows"].append(row)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(row, indent=2))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = json.loads(path.read_text()) if path.exists() else head
+        results["rows"].append(row)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(results, indent=2) + "\n")
+        fresh.replace(path)
+    print(json.dumps(row, indent=2), flush=True)
+
+
+def results_path(folder: Path, model: str) -> Path:
+    """Today's file for a model."""
+    return folder / f"quality-{date.today()}-{model}.json"
 
 
 def print_table(paths: list[Path]) -> None:

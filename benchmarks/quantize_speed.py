@@ -215,7 +215,7 @@ def coded_block(
     with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder) / "out", {})
         run = Run(model, None, decoder_blocks(model), recipe, parts, Progress(parts), ids.to(device), devices)
-        batches = first_inputs(model, run.blocks, run.id_batches())
+        batches = first_inputs(model, run.blocks, run.block_batches())
         reference = Original(batches) if recipe.drifts else None
         started = time.perf_counter()
         seconds = quantize_block(run, plan, 0, batches, None, reference)
@@ -292,9 +292,8 @@ def versions() -> dict[str, str]:
 def save(row: dict[str, Any], folder: Path, device: torch.device) -> None:
     """Adds a row to the day's file."""
     folder.mkdir(parents=True, exist_ok=True)
-    kind = (
-        "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name(device).split()[-1].lower())
-    )
+    words = torch.cuda.get_device_name(device).lower().split() if device.type == "cuda" else ["cpu"]
+    kind = next((word for word in words if re.search(r"\d", word)), words[-1])  # h100 of "NVIDIA H100 80GB HBM3"
     path = folder / f"quantize-{date.today().isoformat()}-{kind}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     path.write_text(json.dumps([*rows, row], indent=1) + "\n")

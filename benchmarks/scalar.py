@@ -23,7 +23,7 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from quality import save
+from quality import RESULTS, save
 from torch import nn
 
 from quantize.calibration import calibration_tokens
@@ -43,8 +43,9 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=40960)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    device = torch.device("cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (original, tokenizer), (model, _) = (load_any(arguments.model, device) for _ in range(2))
     started = time.perf_counter()
     quantize(model, tokenizer, arguments)
@@ -71,7 +72,8 @@ def main() -> None:
             "quantize_s": round(seconds, 1),
             "quantize_cpu_s": round(resource.getrusage(resource.RUSAGE_SELF).ru_utime, 1),
             "load": round(os.getloadavg()[2], 1),
-        }
+        },
+        arguments.results,
     )
 
 

@@ -38,7 +38,7 @@ struct Plan {
     std::vector<Module> modules;
     std::vector<Part> parts;
   };
-  struct Decoding {  // of a part of a module's weights; the residual's kind is -1 if there is none
+  struct Source {  // of a part of a module's weights; the residual's kind is -1 if there is none
     int64_t module;
     Job job, residual;
     Part part;
@@ -47,7 +47,7 @@ struct Plan {
     int64_t out_begin, rows, offset;
   };
   std::vector<Variant> variants;
-  std::vector<Decoding> decodings;
+  std::vector<Source> sources;
   std::vector<Dense> dense;
 
   explicit Plan(at::IntArrayRef numbers) : next_(numbers.begin()), end_(numbers.end()) {
@@ -66,8 +66,8 @@ struct Plan {
       v.parts.resize(parts);
       for (auto& p : v.parts) fill(p);
     }
-    decodings.resize(take());
-    for (auto& d : decodings) {
+    sources.resize(take());
+    for (auto& d : sources) {
       d.module = take();
       fill(d.job);
       fill(d.residual);
@@ -150,17 +150,25 @@ struct Call {
     }
   }
 
-  // Weights [count, in] of some outputs of a module.
-  void decode_window(size_t index, Tensor& weight, const Window& window) const {
-    const Module& module = plan.modules()[index];
-    for (const auto& d : plan.decodings) {
-      if (d.module != static_cast<int64_t>(index)) continue;
-      if (plan.stationary)
-        C10_CUDA_CHECK(decode(type, layer, d.job, d.residual, module, d.part, weight.mutable_data_ptr(),
-                              weight.stride(0), window, stream));
-      else
-        C10_CUDA_CHECK(decode_compact(type, layer, d.job, module, d.part, weight.mutable_data_ptr(), weight.stride(0),
-                                      window, stream));
+  // Weights [count, in] of outputs `row` to row + count of the layer, those of dense modules left out.
+  void decode_window(const Tensor& weight, int64_t row, int64_t count) const {
+    std::vector<Decoding> decodings;
+    for (const auto& d : plan.sources) {
+      const Module& module = plan.modules()[d.module];
+      const int64_t from = std::max<int64_t>(row, module.out_begin),
+                    to = std::min<int64_t>(row + count, module.out_end);
+      if (from >= to) continue;
+      const Window window{static_cast<int>(from - module.out_begin), static_cast<int>(to - module.out_begin)};
+      char* at =
+          static_cast<char*>(weight.mutable_data_ptr()) + (from - row) * weight.stride(0) * weight.element_size();
+      decodings.push_back({d.job, d.residual, module, d.part, window, at});
+    }
+    if (plan.stationary) {
+      C10_CUDA_CHECK(decode(type, layer, decodings.data(), decodings.size(), weight.stride(0), stream));
+    } else {
+      for (const auto& d : decodings)
+        C10_CUDA_CHECK(
+            decode_compact(type, layer, d.job, d.module, d.part, d.weight, weight.stride(0), d.window, stream));
     }
   }
 
@@ -182,14 +190,7 @@ struct Call {
     Tensor weight = at::empty({step, plan.in_features}, x.options());
     for (int64_t row = begin; row < end; row += step) {
       const int64_t count = std::min(step, end - row);
-      for (size_t m = first; m < last; m++) {
-        const Module& module = plan.modules()[m];
-        const int64_t from = std::max<int64_t>(row, module.out_begin),
-                      to = std::min<int64_t>(row + count, module.out_end);
-        if (from >= to) continue;
-        Tensor rows = weight.narrow(0, from - row, to - from);
-        decode_window(m, rows, {static_cast<int>(from - module.out_begin), static_cast<int>(to - module.out_begin)});
-      }
+      decode_window(weight, row, count);
       product(y, row, count, weight.narrow(0, 0, count).t());
     }
   }
@@ -254,12 +255,7 @@ Tensor lookup_weight(const Tensor& codes, const Tensor& books, const optional<Te
                     columns ? columns->const_data_ptr<int32_t>() : nullptr};
   const Call call{plan, books, work, type, layer, norm, dense, {}, c10::cuda::getCurrentCUDAStream()};
   Tensor weight = at::empty({plan.out_features, plan.in_features}, books.options());
-  for (size_t m = 0; m < plan.modules().size(); m++) {
-    const Module& module = plan.modules()[m];
-    if (module.dense) continue;
-    Tensor to = weight.narrow(0, module.out_begin, module.out_end - module.out_begin);
-    call.decode_window(m, to, {0, module.out_end - module.out_begin});
-  }
+  call.decode_window(weight, 0, plan.out_features);
   for (const auto& d : plan.dense)
     weight.narrow(0, d.out_begin, d.rows)
         .copy_(dense->narrow(0, d.offset, d.rows * plan.in_features).view({d.rows, plan.in_features}));

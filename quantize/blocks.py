@@ -6,17 +6,18 @@ import contextlib
 import time
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantize.devices import Clock, peak_memory, resident, share
+from quantize.devices import Clock, peak_memory, resident
 from quantize.drift import Original, corrected, drift
 from quantize.errors import QuantizeError
 from quantize.model import Batch, Block
 from quantize.moments import Weights, collect, stages
 from quantize.plan import Plan
-from quantize.recipe import LayerRecipe
+from quantize.recipe import LayerRecipe, Recipe
 from quantize.run import Run, tuned_part
 from quantize.solver import solve
 from quantize.training import finetune_block, put_tuned, put_weight
@@ -54,8 +55,10 @@ def quantize_block(
             raise QuantizeError(f"{min(lost)}: no calibration token reached this layer; skip it with a rule")
         tuning = run.recipe.finetune_blocks.steps
         with clock("forward"):
-            hidden = _advanced(i, block, batches) if original else None
-            wanted = _advanced(i, block, batches) if tuning and tuned_part(block) not in run.parts else []
+            hidden = _advanced(i, block.module, batches) if original else None
+            wanted = []
+            if tuning and tuned_part(block) not in run.parts:
+                wanted = wanted_outputs(i, block, batches, run.recipe.correction, reference, twin)
         coded: dict[str, Tensor] = {}
         for stage in order:
             missing = [name for name in stage if name not in run.parts]
@@ -111,9 +114,29 @@ def _targets(
 
 
 @torch.inference_mode()
-def _advanced(i: int, block: Block, batches: list[Batch]) -> list[Tensor]:
-    """What the block gives for each batch, where the batch is kept."""
-    return [batch.run(i, block.module).to(batch.hidden.device) for batch in batches]
+def _advanced(i: int, module: torch.nn.Module, batches: list[Batch]) -> list[Tensor]:
+    """What a block gives for each batch, where the batch is kept."""
+    return [batch.run(i, module).to(batch.hidden.device) for batch in batches]
+
+
+@torch.inference_mode()
+def wanted_outputs(
+    i: int,
+    block: Block,
+    batches: list[Batch],
+    share: float = 0.0,
+    reference: Original | None = None,
+    twin: torch.nn.Module | None = None,
+) -> list[Tensor]:
+    """What block i is trained towards: what it gives for each batch before it is coded.
+
+    With a reference, a ``share`` of the way from there to what its ``twin`` gives the original's activations.
+    """
+    here = _advanced(i, block.module, batches)
+    if reference is None or twin is None:
+        return here
+    pairs = zip(here, _advanced(i, twin, reference.batches), strict=True)
+    return [drifted.lerp(undrifted, share) for drifted, undrifted in pairs]
 
 
 @torch.inference_mode()
@@ -129,36 +152,33 @@ def _solve_stage(
     layers: Mapping[str, LayerRecipe],
     moments: Mapping[str, Tensor],
 ) -> None:
-    """Codes layers that have the same input, each on one of the run's devices; every finished one is a part."""
-
-    jobs = [
-        (
-            float(target.numel()),
-            partial(
-                _solve, run, target, name, layers[name], moments[name], book_dtype(block.linears[name].weight.dtype)
-            ),
-        )
-        for name, target in targets.items()
-    ]
-    share(run.devices, jobs)
+    """Codes layers that have the same input, wherever the run has its jobs done; every finished one is a part."""
+    names = list(targets)
+    jobs = []
+    for name, target in targets.items():
+        dtype = book_dtype(block.linears[name].weight.dtype)
+        coding = partial(coded_layer, target, name, layers[name], moments[name], run.recipe, dtype)
+        jobs.append((float(target.numel()), coding))
+    run.share(jobs, lambda i, made: run.parts.save(names[i], *made))
 
 
 @torch.inference_mode()
-def _solve(
-    run: Run,
+def coded_layer(
     target: Tensor,
     name: str,
     layer: LayerRecipe,
     moment: Tensor,
+    recipe: Recipe,
     dtype: torch.dtype,
     device: torch.device,
-) -> None:
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A layer's tensors, on the CPU, and its record."""
     started = time.perf_counter()
     try:
-        solution = solve(target.to(device), moment.to(device), layer, run.recipe, dtype)
+        solution = solve(target.to(device), moment.to(device), layer, recipe, dtype)
     except QuantizeError as error:
         raise QuantizeError(f"{name}: {error}") from error
-    record = {
+    return solution.tensors, {
         "layer": name,
         "bits": effective_bits(solution.spec),
         "error": solution.error,
@@ -167,7 +187,6 @@ def _solve(
         "step_seconds": {step: round(seconds, 3) for step, seconds in solution.seconds.items()},
         "peak_mib": peak_memory(device) >> 20,
     }
-    run.parts.save(name, solution.tensors, record)
 
 
 def book_dtype(weight_dtype: torch.dtype) -> torch.dtype:

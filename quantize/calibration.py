@@ -18,6 +18,8 @@ Progress = Callable[[int, int], None]
 Row = Mapping[str, Any]
 SELF = "self"
 
+_CHARACTERS = 8
+"""No tokenizer makes tokens of more on average."""
 _MIN_P = 0.02
 _WHOLE = 1 << 40
 
@@ -67,9 +69,10 @@ def _sequences(name: str, tokenizer: Any, count: int, context: int) -> Tensor:
     for row in rows:
         texts.append(_text(row, tokenizer, name))
         size += len(texts[-1])
-        if size >= needed * 8:  # no tokenizer makes tokens of more than 8 characters on average
+        if size >= needed * _CHARACTERS:
             break
-    ids = tokenizer("\n\n".join(texts), return_tensors="pt", add_special_tokens=False).input_ids[0]
+    text = "\n\n".join(texts)[: 2 * needed * _CHARACTERS]
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
     if len(ids) < needed:
         raise QuantizeError(
             f"calibration text {name} has {len(ids)} tokens, {needed} are needed; "

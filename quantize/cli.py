@@ -48,6 +48,9 @@ def run(
     context: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence [256].")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same files [0].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Code layers on a Ray cluster: its address, auto or local (extra ray).")
+    ] = None,
 ) -> None:
     """Quantizes the linear layers of a decoder and writes a checkpoint for vLLM.
 
@@ -59,6 +62,7 @@ def run(
 
         vptq-quantize run ./llama --out llama-2bit --vector-length 8 --centroids 65536 --residual-centroids 0
     """
+    from quantize.cluster import Cluster
     from quantize.pipeline import quantize_model
     from quantize.report import Report
 
@@ -73,9 +77,11 @@ def run(
         "seed": seed,
         "device": device,
     }
+    chosen = Recipe.load(recipe, preset, **options)
+    cluster = Cluster(ray) if ray else None
     started = time.perf_counter()
     with Report(_console) as report:
-        plan = quantize_model(model, out, Recipe.load(recipe, preset, **options), report)
+        plan = quantize_model(model, out, chosen, report, cluster)
     seconds = time.perf_counter() - started
     _console.print(f"{out}: {plan.bits:.2f} effective bits a weight, {seconds:.0f} s. Serve it with:", markup=False)
     _console.print(f"  vllm serve {out}", markup=False)

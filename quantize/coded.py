@@ -2,11 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from quantize.sums import IndexedSums
 from vllm_vptq.format import LayerSpec, column_blocks
+
+
+class _LookUp(torch.autograd.Function):
+    """Entries of a book ``[k, v]`` by an index, whose gradients are added up in an order sorted once.
+
+    torch's own sorts every index anew for every backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, book: Tensor, index: Tensor, sums: IndexedSums) -> Tensor:
+        ctx.sums = sums
+        return nn.functional.embedding(index, book)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.sums(gradient.flatten(0, -2)), None, None
+
+
+class _Reorder(torch.autograd.Function):
+    """Columns in another order, whose gradients are put back by the inverse order: nothing needs to be added up."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, order: Tensor) -> Tensor:
+        ctx.order = order
+        return weight[:, order]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[:, ctx.order.argsort()], None
+
+
+class _Indices:
+    """Indices int32 ``[R, C]`` into a book of ``count`` entries."""
+
+    def __init__(self, index: Tensor, count: int) -> None:
+        self._index, self._count = index.int(), count
+        self._sums = IndexedSums(self._index.flatten(), count) if index.is_cuda else None
+
+    def __call__(self, book: Tensor) -> Tensor:
+        """The vectors ``[R, C, v]`` of a book ``[k, v]``, differentiable in it."""
+        if self._sums is None:
+            return nn.functional.embedding(self._index, book)
+        found: Tensor = _LookUp.apply(book, self._index, self._sums)
+        return found
 
 
 class CodedLinear(nn.Module):
@@ -27,11 +74,14 @@ class CodedLinear(nn.Module):
         self._stored = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
         for name in self._stored:
             self.register_parameter(name.removesuffix(".weight"), nn.Parameter(tensors[name].float()))
-        self._indices: list[tuple[Tensor, Tensor | None]] = []
+        self._indices: list[tuple[_Indices, _Indices | None]] = []
         columns = []
         for block in column_blocks(tensors, spec):
             index, residual = block.read(0, block.vector_rows)
-            self._indices.append((index.int(), None if residual is None else residual.int()))
+            second = None
+            if residual is not None and block.res_book is not None:
+                second = _Indices(residual, len(block.res_book))
+            self._indices.append((_Indices(index, len(block.book)), second))
             columns.append(block.columns)
         order = torch.cat(columns).argsort()
         in_order = bool((order == torch.arange(len(order), device=order.device)).all())
@@ -45,13 +95,13 @@ class CodedLinear(nn.Module):
             group = i - (1 if spec.outlier_size else 0)
             v = spec.outlier_vector_len if outlier else spec.vector_len
             book = self.outlier_centroids[0] if outlier else self.centroids[group]
-            part = nn.functional.embedding(index, book.view(-1, v))
+            part = index(book.view(-1, v))
             if residual is not None:
-                part = part + nn.functional.embedding(residual, self.res_centroids[group].view(-1, v))
+                part = part + residual(self.res_centroids[group].view(-1, v))
             parts.append(part.transpose(1, 2).flatten(0, 1)[: spec.shape[0]])
-        weight = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        weight: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if self._order is not None:
-            weight = weight[:, self._order]
+            weight = _Reorder.apply(weight, self._order)
         if not spec.enable_norm:
             return weight
         if spec.norm_dim == 1:

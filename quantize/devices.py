@@ -21,7 +21,11 @@ from quantize.errors import QuantizeError
 
 T = TypeVar("T")
 Job = tuple[float, Callable[[torch.device], T]]
-"""How much work it is, in any unit, and the work."""
+"""How much work it is, in any unit, and the work: a module's function with all arguments but the device."""
+Done = Callable[[int, Any], None]
+"""Is given the number of a job and its result as soon as there is one."""
+Share = Callable[[Sequence[Job], Done], list]
+"""Has jobs done, all of them, wherever: gives their results in order."""
 
 
 def choose_devices(name: str) -> list[torch.device]:
@@ -52,14 +56,18 @@ def repeatable_gradients(device: torch.device) -> contextlib.AbstractContextMana
     return kernel if device.type == "cuda" else contextlib.nullcontext()
 
 
-def share(devices: Sequence[torch.device], jobs: Sequence[Job[T]]) -> list[T]:
+def ignore(i: int, result: Any) -> None:
+    """What to do with a result before the others are there: nothing."""
+
+
+def share(devices: Sequence[torch.device], jobs: Sequence[Job[T]], done: Done = ignore) -> list[T]:
     """The jobs' results, in order. Each device works on one job at a time; the largest are given away first.
 
     A job must give the same on every device. The first error is raised once all devices have stopped.
     """
     queues: list[list[int]] = [[] for _ in devices]
     load = [0.0] * len(devices)
-    for i in sorted(range(len(jobs)), key=lambda i: -jobs[i][0]):
+    for i in largest_first(jobs):
         least = load.index(min(load))
         queues[least].append(i)
         load[least] += jobs[i][0]
@@ -69,6 +77,7 @@ def share(devices: Sequence[torch.device], jobs: Sequence[Job[T]]) -> list[T]:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             for i in queue:
                 results[i] = jobs[i][1](device)
+                done(i, results[i])
 
     if len(devices) == 1:
         work(devices[0], queues[0])
@@ -77,6 +86,11 @@ def share(devices: Sequence[torch.device], jobs: Sequence[Job[T]]) -> list[T]:
             for future in [pool.submit(work, *pair) for pair in zip(devices, queues, strict=True)]:
                 future.result()
     return [results[i] for i in range(len(jobs))]
+
+
+def largest_first(jobs: Sequence[Job]) -> list[int]:
+    """The jobs' numbers in the order to begin them in."""
+    return sorted(range(len(jobs)), key=lambda i: -jobs[i][0])
 
 
 @contextlib.contextmanager
@@ -120,7 +134,12 @@ def fits(model: nn.Module, device: torch.device) -> bool:
     """Whether a device has room for a whole model, and for as much again to work with it."""
     if device.type == "cpu":
         return True
-    return 2 * sum(parameter.nbytes for parameter in model.parameters()) < torch.cuda.mem_get_info(device)[0]
+    return 2 * sum(parameter.nbytes for parameter in model.parameters()) < free_memory(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that nobody has."""
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 @contextlib.contextmanager

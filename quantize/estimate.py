@@ -68,7 +68,7 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     resident = weights if device.type == "cpu" else weights / len(decoder_blocks(model))
     memory = resident + 4 * (5 * columns**2 + 6 * largest)
     if recipe.finetune.steps:
-        # What is decoded is kept for the backward pass on a CPU alone.
+        # What is decoded is kept for the backward pass on a CPU; on a GPU where there is room, which this is not.
         memory += 2 * weights - resident + (12 if device.type == "cpu" else 2) * plan.weights
     return f"about {seconds / 60:.0f} min and {memory / 2**30:.1f} GiB on this machine ({device.type})"
 

@@ -42,20 +42,32 @@ class Training:
             if name.endswith("weight_bias"):
                 self._size[name] = self._size[name.removesuffix("weight_bias") + "weight_scale"]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
+
     @torch.no_grad()
     def update(self) -> None:
-        """One step of Adam (https://arxiv.org/abs/1412.6980) on the gradients, which are cleared."""
+        """One step of Adam (https://arxiv.org/abs/1412.6980) on the gradients, which are cleared.
+
+        All tensors at once: there are hundreds of small ones, and a GPU does a step sooner than it is told of it.
+        """
         self.step += 1
         rate = self.rate * (1 + math.cos(math.pi * (self.step - 1) / self.steps)) / 2
         rate *= min(1.0, self.step / (0.05 * self.steps + 1))
-        for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                continue
-            first, second = self._moments[name]
-            first.lerp_(parameter.grad, 0.1)
-            second.lerp_(parameter.grad.square(), 0.05)
-            mean, square = first / (1 - 0.9**self.step), second / (1 - 0.95**self.step)
-            parameter -= rate * self._size[name] * mean / (square.sqrt() + 1e-12)
+        named = [(name, p, p.grad) for name, p in self.parameters.items() if p.grad is not None]
+        gradients = [gradient for _, _, gradient in named]
+        first, second = (list(moments) for moments in zip(*(self._moments[name] for name, _, _ in named), strict=True))
+        torch._foreach_lerp_(first, gradients, 0.1)
+        torch._foreach_lerp_(second, torch._foreach_mul(gradients, gradients), 0.05)
+        steps = torch._foreach_div(first, 1 - 0.9**self.step)
+        roots = torch._foreach_sqrt(torch._foreach_div(second, 1 - 0.95**self.step))
+        torch._foreach_add_(roots, 1e-12)
+        torch._foreach_div_(steps, roots)
+        torch._foreach_mul_(steps, [-rate * self._size[name] for name, _, _ in named])
+        torch._foreach_add_([parameter for _, parameter, _ in named], steps)
+        for _, parameter, _ in named:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
@@ -123,22 +135,24 @@ def tune_model(
 def tune_block(run: Callable[[int], Tensor], wanted: list[Tensor], training: Training) -> tuple[float, float]:
     """Trains a block so that ``run(i)`` comes close to ``wanted[i]``, step after step over all i.
 
-    Returns the mean squared error relative to the mean square of what is wanted, before and after.
+    Returns the squared error of a token's output relative to its square, on average, before and after. Relative for
+    every token: the few that are hundreds of times as large as others are normalised like them in the next block.
     """
-    scale = sum(float(w.float().square().mean()) for w in wanted) / len(wanted)
+
+    def error(i: int) -> Tensor:
+        goal = wanted[i].to(training.device).float()
+        missed = (run(i).float() - goal).square().mean(-1)
+        return (missed / goal.square().mean(-1).clamp_min(1e-30)).mean()
 
     @torch.no_grad()
-    def error() -> float:
-        pairs = ((run(i).float(), w) for i, w in enumerate(wanted))
-        return sum(float((found - w.to(found.device)).square().mean()) for found, w in pairs) / len(wanted) / scale
+    def whole() -> float:
+        return sum(float(error(i)) for i in range(len(wanted))) / len(wanted)
 
-    before = error()
+    before = whole()
     while training.step < training.steps:
-        i = training.step % len(wanted)
-        found = run(i).float()
-        ((found - wanted[i].to(found.device)).square().mean() / scale).backward()
+        error(training.step % len(wanted)).backward()
         training.update()
-    return before, error()
+    return before, whole()
 
 
 def replace_linears(model: nn.Module, coded: Iterable[tuple[str, CodedLinear]]) -> None:

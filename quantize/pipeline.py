@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantize.allocate import allocate
 from quantize.blocks import quantize_blocks
 from quantize.calibration import calibration_tokens, writes_itself
-from quantize.devices import be_deterministic, choose_devices, fits, resident
+from quantize.devices import Share, be_deterministic, choose_devices, fits, resident
 from quantize.errors import QuantizeError
 from quantize.estimate import planned
 from quantize.export import Exporter
@@ -32,9 +32,10 @@ _MEASURED_TOKENS = 8192
 """Calibration tokens that sensitivities are measured on."""
 
 
-def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Plan:
+def quantize_model(source: str, out: Path, recipe: Recipe, report: Report, cluster: Share | None = None) -> Plan:
     """Quantizes a model and writes the checkpoint to ``out``; see ``Recipe`` for what can be chosen.
 
+    Layers are coded on this machine's devices, or where the ``cluster`` has its jobs done, to the same bits.
     A run into the ``out`` of a killed one with the same model and recipe goes on where that stopped.
     """
     devices = choose_devices(recipe.device)
@@ -57,11 +58,11 @@ def quantize_model(source: str, out: Path, recipe: Recipe, report: Report) -> Pl
     if "calibration" not in parts:
         parts.save("calibration", {"ids": _calibration(model, tokenizer, recipe, devices[0], report)})
     ids = parts.load("calibration")["ids"].to(devices[0])
-    run = Run(model, tokenizer, blocks, recipe, parts, report, ids, devices)
+    run = Run(model, tokenizer, blocks, recipe, parts, report, ids, devices, cluster)
     plan, weights = _prepare(run)
     report.plan(source, plan.specs, plan.weights, plan.bits)
     report.stage("quantizing")
-    quantize_blocks(run, plan, first_inputs(model, blocks, run.id_batches()), weights)
+    quantize_blocks(run, plan, first_inputs(model, blocks, run.block_batches()), weights)
     if recipe.finetune.steps:
         report.stage("fine-tuning")
         finetune_model(run, plan)
@@ -97,7 +98,7 @@ def _prepare(run: Run) -> tuple[Plan, Weights | None]:
         if recipe.allocation == "measured":
             run.report.stage("measuring what each layer is worth")
             batches = run.id_batches()[: max(1, _MEASURED_TOKENS // BATCH_TOKENS)]
-            sensitivity = measure(run.model, run.blocks, plan, batches, recipe, run.devices, run.report.progress)
+            sensitivity = measure(run.model, run.blocks, plan, batches, recipe, run.share, run.report.progress)
         layers = allocate(plan.layers, plan.shapes, sensitivity, recipe)
         run.parts.write_json("plan", {name: layer.model_dump() for name, layer in layers.items()})
         chosen = run.parts.read_json("plan")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantize.devices import Done, Job, Share, ignore, share
 from quantize.model import Block
 from quantize.parts import Parts
 from quantize.recipe import Recipe
 from quantize.report import Report
 
 BATCH_TOKENS = 2048
+_GPU_BATCH_TOKENS = 8192
+"""Where no gradients are taken: a GPU does so many as soon as it is told of them."""
 
 
 @dataclass
@@ -30,6 +35,12 @@ class Run:
     """Calibration tokens int64 ``[sequences, context]``, on the first device."""
     devices: list[torch.device]
     """What layers are coded on; the first one runs the blocks."""
+    cluster: Share | None = None
+    """Other machines to code layers on."""
+
+    def share(self, jobs: Sequence[Job], done: Done = ignore) -> list:
+        """Has jobs done by the cluster, or by the devices: their results, in order."""
+        return (self.cluster or partial(share, self.devices))(jobs, done)
 
     @property
     def device(self) -> torch.device:
@@ -39,6 +50,11 @@ class Run:
     def id_batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
         """The calibration sequences in batches of about so many tokens."""
         return list(self.ids.split(max(1, tokens // self.recipe.context)))
+
+    def block_batches(self) -> list[Tensor]:
+        """The calibration sequences as they go through the blocks."""
+        larger = self.device.type == "cuda" and not self.recipe.finetune_blocks.steps
+        return self.id_batches(_GPU_BATCH_TOKENS if larger else BATCH_TOKENS)
 
     def trained(self, name: str) -> dict[str, Tensor]:
         """What the training of the block changed that a module or parameter is in; nothing if there was none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from quantize.allocate import distortion
-from quantize.devices import resident, share
+from quantize.devices import Share, ignore, resident
 from quantize.model import Block, first_inputs
 from quantize.moments import collect, output_gradients, stages
 from quantize.plan import Plan
-from quantize.recipe import Recipe
+from quantize.recipe import LayerRecipe, Recipe
 from quantize.solver import solve
 
 _PILOT = {"vector_length": 4, "centroids": 64, "residual_centroids": 0, "groups": 1, "outliers": 0}
@@ -26,7 +25,7 @@ def measure(
     plan: Plan,
     batches: Sequence[Tensor],
     recipe: Recipe,
-    devices: Sequence[torch.device],
+    share: Share,
     progress: Callable[[int, int], None],
 ) -> dict[str, dict[bool, float]]:
     """For every layer, with and without a norm, end loss per unit of distortion of its books, up to a factor.
@@ -39,27 +38,37 @@ def measure(
     _, gradients = output_gradients(model, blocks, rows, batches)
     hidden = first_inputs(model, blocks, list(batches))
     quick = recipe.model_copy(update={"algorithm": "joint", "rounds": 0, "iterations": 5})
-    pilot_distortion = distortion(4, 64, 0)
     found: dict[str, dict[bool, float]] = {}
-
-    def worth(block: Block, name: str, moment: Tensor, device: torch.device) -> dict[bool, float]:
-        weight, moment = block.linears[name].weight.data.to(device), moment.to(device)
-        total, losses = float((weight.float() @ moment * weight.float()).sum()), {}
-        for norm in (True, False):
-            layer = plan.layers[name].model_copy(update=_PILOT | {"norm": norm})
-            error = solve(weight, moment, layer, quick, torch.float32).error
-            losses[norm] = gradients[name] * error * total / pilot_distortion
-        return losses
 
     for i, block in enumerate(blocks):
         names = [name for name in block.linears if name in plan.layers]
         with resident(block.module, batches[0].device):
             for stage in stages(i, block, names, hidden[0]):
                 moments = collect(i, block, stage, hidden)
-                jobs = [(math.prod(plan.shapes[name]), partial(worth, block, name, moments[name])) for name in stage]
-                found |= dict(zip(stage, share(devices, jobs), strict=True))
+                jobs = []
+                for name in stage:
+                    weight, layer = block.linears[name].weight.data, plan.layers[name]
+                    worth = partial(pilot_losses, weight, moments[name], gradients[name], layer, quick)
+                    jobs.append((float(weight.numel()), worth))
+                found |= dict(zip(stage, share(jobs, ignore), strict=True))
                 progress(len(found), len(plan.layers))
             with torch.inference_mode():
                 for batch in hidden:
                     batch.keep(batch.run(i, block.module))
     return found
+
+
+def pilot_losses(
+    weight: Tensor, moment: Tensor, gradient: float, layer: LayerRecipe, recipe: Recipe, device: torch.device
+) -> dict[bool, float]:
+    """A layer's end loss per unit of distortion, with and without a norm, from coding it with small books.
+
+    ``gradient`` is the mean squared gradient of the end loss in its outputs.
+    """
+    weight, moment = weight.to(device), moment.to(device)
+    total, losses = float((weight.float() @ moment * weight.float()).sum()), {}
+    for norm in (True, False):
+        pilot = layer.model_copy(update=_PILOT | {"norm": norm})
+        error = solve(weight, moment, pilot, recipe, torch.float32).error
+        losses[norm] = gradient * error * total / distortion(4, 64, 0)
+    return losses

@@ -10,7 +10,7 @@ _PIECE = 64
 
 
 class IndexedSums:
-    """Sums over the rows of every value of an index int64 ``[n]`` with values below ``count``.
+    """Sums over the rows of every value of an index, int32 or int64 ``[n]``, with values below ``count``.
 
     On a CPU rows are added one after another. A GPU's ``index_add_`` would add them atomically, in any order: there
     they are sorted once, and added up in pieces, then pieces.
@@ -22,12 +22,15 @@ class IndexedSums:
             self._sort()
 
     def _sort(self) -> None:
-        self._order = self._index.argsort(stable=True)
-        every = torch.arange(self._count + 1, device=self._index.device)
-        bounds = torch.searchsorted(self._index[self._order], every)
-        sizes = bounds.diff()
+        # Radix sort takes a pass for every byte of a key.
+        index = self._index.short() if self._count <= torch.iinfo(torch.int16).max else self._index
+        in_order, order = index.sort(stable=True)
+        self._order = order.int()
+        every = torch.arange(self._count, device=index.device)
+        starts = torch.searchsorted(in_order.int(), every.int())
+        sizes = torch.cat([starts, starts.new_full((1,), len(index))]).diff()
         self._pieces = -(-sizes // _PIECE)
-        owner = torch.repeat_interleave(every[:-1], self._pieces)
+        owner = torch.repeat_interleave(every, self._pieces)
         rank = torch.arange(len(owner), device=owner.device) - (self._pieces.cumsum(0) - self._pieces)[owner]
         self._lengths = (sizes[owner] - rank * _PIECE).clamp_max(_PIECE)
 
@@ -38,5 +41,7 @@ class IndexedSums:
         return self._by_pieces(rows)
 
     def _by_pieces(self, rows: Tensor) -> Tensor:
-        parts = torch.segment_reduce(rows[self._order], "sum", lengths=self._lengths, axis=0, unsafe=True)
+        parts = torch.segment_reduce(
+            rows.index_select(0, self._order), "sum", lengths=self._lengths, axis=0, unsafe=True
+        )
         return torch.segment_reduce(parts, "sum", lengths=self._pieces, axis=0, unsafe=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterable, Mapping
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.coded import CodedLinear
-from quantize.devices import repeatable_gradients, resident
+from quantize.devices import free_memory, repeatable_gradients, resident
 from quantize.finetune import Training, replace_linears, trainable, tune_block, tune_model
 from quantize.model import Batch, Block
 from quantize.plan import Plan
@@ -18,6 +19,8 @@ from quantize.run import Run, tuned_part
 from vllm_vptq.format import dequantize
 
 _CHECKPOINT_SECONDS = 120.0
+_KEPT_BYTES = 8
+"""Of a decoded weight, in float32 and as the product takes it, where it is kept for the backward pass."""
 
 
 def finetune_block(
@@ -63,13 +66,14 @@ def put_tuned(run: Run, plan: Plan, block: Block) -> None:
 def _coded_linears(run: Run, plan: Plan, names: list[str]) -> dict[str, CodedLinear]:
     """Coded linears to be trained, with biases of their own, as their block's training left them."""
     coded = {}
+    kept = _KEPT_BYTES * sum(math.prod(plan.specs[name].shape) for name in names)
+    recompute = run.device.type == "cuda" and kept > free_memory(run.device) // 4
     for name in names:
         tensors = {key: tensor.to(run.device) for key, tensor in run.tensors(name).items()}
         bias = run.model.get_submodule(name).bias
         if bias is not None:
             bias = nn.Parameter(run.trained(name).get(f"{name}.bias", bias.detach()).to(run.device, copy=True))
-        # A GPU decodes faster than a model's worth of decoded weights could be kept.
-        coded[name] = CodedLinear(tensors, plan.specs[name], bias, recompute=run.device.type == "cuda")
+        coded[name] = CodedLinear(tensors, plan.specs[name], bias, recompute)
     return coded
 
 

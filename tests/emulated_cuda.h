@@ -49,6 +49,23 @@ class Barrier {
 inline Barrier barrier;
 inline void __syncthreads() { barrier.wait(); }
 
+// Threads of a warp, which only run side by side where the kernel waits for others.
+inline Barrier warps[32];
+inline void __syncwarp() { warps[threadIdx.x / 32].wait(); }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  static T given[32][32];
+  given[threadIdx.x / 32][threadIdx.x % 32] = value;
+  __syncwarp();
+  const T got = given[threadIdx.x / 32][lane];
+  __syncwarp();
+  return got;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int other) {
+  return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ other);
+}
+
 inline void emulate(dim3 grid, unsigned threads, bool waits, const std::function<void()>& kernel) {
   auto run = [&](unsigned x, unsigned y, unsigned t) {
     blockIdx = dim3(x, y), threadIdx = dim3(t), blockDim = dim3(threads);
@@ -61,6 +78,7 @@ inline void emulate(dim3 grid, unsigned threads, bool waits, const std::function
         continue;
       }
       barrier.reset(threads);
+      for (Barrier& warp : warps) warp.reset(32);
       std::vector<std::thread> all;
       for (unsigned t = 0; t < threads; t++) all.emplace_back(run, x, y, t);
       for (auto& thread : all) thread.join();

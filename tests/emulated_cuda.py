@@ -10,16 +10,22 @@ from pathlib import Path
 from vllm_vptq.build import cpu
 from vllm_vptq.build.cache import sources
 
-_LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)\s*<<<([^;]*?), (\w+), 0, stream>>>\((.*?)\);", re.DOTALL)
+_LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)\s*<<<([^;]*?), ([\w *]+), 0, stream>>>\((.*?)\);", re.DOTALL)
 
 
-def emulated(name: str, folder: Path) -> ctypes.CDLL:
-    """The library of ``csrc/quantize/NAME.cu``, whose functions take pointers to ordinary memory."""
+def emulated(name: str, folder: Path, **constants: int) -> ctypes.CDLL:
+    """The library of ``csrc/quantize/NAME.cu``, whose functions take pointers to ordinary memory.
+
+    ``constants`` replace those of the source.
+    """
     source = (sources() / "quantize" / f"{name}.cu").read_text()
+    for constant, value in constants.items():
+        source, found = re.subn(rf"(constexpr int {constant} = )\w+;", rf"\g<1>{value};", source)
+        assert found == 1, constant
 
     def call(launch: re.Match[str]) -> str:
         kernel, grid, threads, arguments = launch.groups()
-        waits = "true" if "__syncthreads" in _body(source, kernel.partition("<")[0]) else "false"
+        waits = "true" if "__sync" in _body(source, kernel.partition("<")[0]) else "false"
         return f"emulate({grid}, {threads}, {waits}, [=] {{ {kernel}({arguments}); }});"
 
     rewritten, launches = _LAUNCH.subn(call, source.replace("#include <cuda_runtime.h>", '#include "emulated_cuda.h"'))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -93,18 +94,32 @@ def test_crossover_class(spec, expected):
 
 
 def test_crossovers_from_measurements():
-    def row(layout: str, name: str, tokens: int, us: float, dense: float) -> dict:
-        return dict(layout=layout, format=name, layer="8B o", tokens=tokens, us=us, dense_us=dense)
+    def row(layout: str, name: str, tokens: int, us: float, dense: float, **other: Any) -> dict[str, Any]:
+        return dict(layout=layout, format=name, layer="8B o", tokens=tokens, us=us, dense_us=dense, **other)
 
     rows = [
+        # Decoding and a dense product cost 112 us and, from 64 tokens on, a little more; launches 80, 80 + 30, 80 + 80.
+        row("stationary", "v8-k65536", 16, 30.0, 12.0),
         row("stationary", "v8-k65536", 64, 80.0, 12.0),
         row("stationary", "v8-k65536", 1024, 150.0, 50.0),
+        row("stationary", "v8-k65536", 64, 300.0, 12.0, norm=True),  # never pays with more than 16
+        row("stationary", "v8-k65536", 16, 30.0, 12.0, norm=True),
+        row("stationary", "v8-k65536", 1024, 150.0, 50.0, norm=True),
         row("stationary", "v8-k256-256", 64, 10.0, 12.0),  # without a row of many tokens
         row("compact", "v6-k4096", 8, 40.0, 10.0),
         row("compact", "v6-k4096", 1024, 80.0, 50.0),
     ]
-    # 64 tokens cost 80 us; decoding and a dense product 100 + 12
-    assert crossovers(rows) == {"compact": 8, "far": 90}
+    assert crossovers([r for r in rows if r.get("norm")]) == {"far": 16}
+    assert crossovers([r for r in rows if not r.get("norm")]) == {"compact": 8, "far": 64 + 16}
+    assert crossovers(rows) == {"compact": 8, "far": (16 + 80) // 2}
+
+
+def test_crossover_where_looking_up_always_pays_or_never():
+    call = dict(layout="stationary", format="v8-k4096", layer="8B o", dense_us=10.0)
+    slow, quick = (dict(call, tokens=64, us=us) for us in (90.0, 0.5))
+    many = dict(call, tokens=1024, us=40.0)
+    assert crossovers([slow, many]) == {"resident": 0}
+    assert crossovers([quick, many]) == {"resident": 1024}
 
 
 def test_resident_bytes_are_logged_with_the_last_layer(caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from quantize.evaluate import load_any
 from quantize.model import decoder_blocks, first_inputs
 from quantize.moments import output_gradients
 from quantize.recipe import BlockTuning, Finetuning
+from quantize.run import Run
 from tests.tiny import COARSE, read, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
@@ -147,6 +149,17 @@ def test_a_model_too_large_to_be_trained_is_refused_before_any_work(
     update = {"calibration": (str(text_file),), "finetune": Finetuning(steps=3)}
     with pytest.raises(QuantizeError, match="steps: 0"):
         run(tied, tmp_path / "out", COARSE.model_copy(update=update))
+
+
+def test_a_gpu_takes_larger_batches_unless_blocks_are_trained() -> None:
+    ids = torch.zeros(64, 256, dtype=torch.int64)
+    sizes = []
+    for device, steps in (("cpu", 0), ("cuda", 0), ("cuda", 3)):
+        recipe = COARSE.model_copy(update={"context": 256, "finetune_blocks": BlockTuning(steps=steps)})
+        nothing: Any = None
+        batches = Run(nothing, nothing, [], recipe, nothing, nothing, ids, [torch.device(device)]).block_batches()
+        sizes.append([len(batch) for batch in batches])
+    assert sizes == [[8] * 8, [32] * 2, [8] * 8]
 
 
 def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quantize.blocks import wanted_outputs
 from quantize.drift import Original, corrected, drift
 from quantize.evaluate import load_any, score
 from quantize.model import decoder_blocks, first_inputs
@@ -70,6 +71,21 @@ def test_drift_is_what_lies_between_the_two_prefixes(tied: Path) -> None:
     # The reference went through the block as it was, the batches have not moved.
     assert all(torch.equal(batch.hidden, old) for batch, old in zip(batches, before[1], strict=True))
     assert not any(torch.equal(b.hidden, o) for b, o in zip(reference.batches, before[1], strict=True))
+
+
+@torch.inference_mode()
+def test_a_trained_block_makes_up_for_drift_as_far_as_targets_do(tied: Path) -> None:
+    model: nn.Module = load_any(str(tied), torch.device("cpu"))[0]
+    blocks = decoder_blocks(model)
+    batches = first_inputs(model, blocks, [torch.randint(2, 200, (2, 24))])
+    reference = Original(batches)
+    undrifted = wanted_outputs(0, blocks[0], batches)[0]
+    batches[0].keep(batches[0].hidden * 1.1)
+    drifted = wanted_outputs(0, blocks[0], batches)[0]
+    assert not torch.allclose(drifted, undrifted)
+    with reference.beside(0, blocks[0]) as twin:
+        (wanted,) = wanted_outputs(0, blocks[0], batches, 0.25, reference, twin)
+    torch.testing.assert_close(wanted, 0.75 * drifted + 0.25 * undrifted)
 
 
 def test_a_corrected_run_is_closer_to_the_original(tied: Path, text_file: Path, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from tests.emulated_cuda import emulated
 BOOKS = [(2, 7, 0), (3, 300, 0), (4, 520, 0), (8, 600, 0), (16, 30, 0), (2, 16, 3), (4, 64, 300), (8, 300, 8)]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return emulated("assign", tmp_path_factory.mktemp("emulated"))
+@pytest.fixture(scope="module", params=[True, False], ids=["rows at once", "column after column"])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The search with blocks of columns taken in one launch, and in many."""
+    return emulated("assign", tmp_path_factory.mktemp("emulated"), **({} if request.param else {"kFewCentroids": 0}))
 
 
 @pytest.fixture(params=[1, 40], ids=["few blocks", "many blocks"])
@@ -62,9 +63,9 @@ def test_assignment(v: int, k: int, r: int, candidates: int) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize(("v", "k", "r"), [(4, 300, 0), (8, 20, 5)])
-def test_blocks(v: int, k: int, r: int) -> None:
-    made, columns, rows = books(v, k, r), 11, 9
+@pytest.mark.parametrize(("v", "k", "r", "columns", "rows"), [(4, 300, 0, 11, 9), (8, 20, 5, 11, 6), (2, 9, 40, 70, 2)])
+def test_blocks(v: int, k: int, r: int, columns: int, rows: int) -> None:
+    made = books(v, k, r)
     block, matrix = random(columns, rows, v), (random(columns, columns) / 5 + 2 * torch.eye(columns)).triu()
     for ours, torchs in ((native.code_block, code_block_torch), (native.sweep_block, sweep_block_torch)):
         one, two = (

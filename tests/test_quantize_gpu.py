@@ -60,7 +60,7 @@ def test_assignment(sizes: tuple[int, int, int], points: int) -> None:
     torch.testing.assert_close(error, least, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(8, 4096, 0), (4, 256, 16)])
+@pytest.mark.parametrize("sizes", [(8, 4096, 0), (4, 256, 16), (8, 16384, 0), (4, 16384, 16)])
 def test_blocks_of_columns(sizes: tuple[int, int, int]) -> None:
     v, k, r = sizes
     made, columns, rows = books(*sizes, GPU), 128, 70

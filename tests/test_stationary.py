@@ -7,6 +7,7 @@ a second write to a place of the workspace or of the weight, fail.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -38,7 +39,6 @@ from tests.packers import (
     entry_of_image_row,
     flat,
     image_row,
-    resident_place,
     round8,
 )
 from tests.shards import CPU, fused_layer
@@ -47,6 +47,9 @@ from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.work import ABSENT, PREPARE_COLUMNS, Job, Kind, LookupLayout, Module
 from vllm_vptq.parameters import ModuleShard, cut_module
+
+STRIP_COLUMNS = 32
+"""Of a warp of decode.cu."""
 
 
 class Kernels:
@@ -321,15 +324,22 @@ class Kernels:
             tiles = range((begin + skip) // per_tile, min(-(-(end + skip) // per_tile), job.row_end))
             if not tiles:
                 continue
-            vectors = self._plain_vectors(job, tiles)
+            pairs = job.kind == Kind.BYTE_PAIRS
+            vectors = self._named_vectors(job, tiles, job.book, job.book_rows, 0)
+            if pairs:
+                vectors += self._named_vectors(job, tiles, job.res_book, job.res_rows, 1)
             if d.residual.kind != ABSENT:
-                assert d.residual.column_end == job.column_end
-                vectors = vectors + self._plain_vectors(d.residual, tiles)
-            row, column = resident_place(np.array(tiles), 1, vectors.shape[1], job.width)
-            row, column = row[:, 0].swapaxes(1, 2)[..., None], column[:, 0].swapaxes(1, 2)[..., None]
-            plane = job.plane + (LANES % 2 if job.width == 16 else 0 * LANES)
-            element = plane[:, None] * 8 + np.arange(8)
-            output = row * length + element - skip
+                residual = d.residual
+                assert residual.column_end == job.column_end and residual.width == job.width and not pairs
+                vectors += self._named_vectors(residual, tiles, residual.book, residual.book_rows, 0)
+            # ldmatrix.trans: element lane / 4 of the vectors that two lanes of each of the four matrices name.
+            mine = np.arange(8) // 2 * 8 + LANES[:, None] % 4 * 2 + np.arange(8) % 2
+            vectors = vectors[:, :, :, mine, LANES[:, None] // 4]
+            row, strip, half, lane, place = np.ogrid[tuple(slice(n) for n in vectors.shape)]
+            row += tiles.start
+            element = job.plane * 8 + lane // 4 + (half * 8 if job.width == 16 else 0)
+            output = (row if job.width == 16 else 2 * row + half) * length + element - skip
+            column = strip * STRIP_COLUMNS + lane % 4 * 8 + place
             kept = (element < length) & (output >= begin) & (output < end) & (column < job.column_end)
             output, column = (np.broadcast_to(a, kept.shape)[kept] for a in (output, column))
             source, value = self._sources(job)[column], vectors[kept]
@@ -344,20 +354,46 @@ class Kernels:
             assert np.isnan(weight).sum() == left - len(value), "a weight was written twice, or from nowhere"
         return weight
 
-    def _plain_vectors(self, job: Job, tiles: range) -> np.ndarray:
-        """Vectors ``[tiles, steps, 32, 8]`` of all columns, from the books as they are."""
-        code = self._codes(job, tiles)[:, : -(-job.column_end // 128) * 8]
-        assert code.shape[1] * 16 >= job.column_end
-        if job.kind == Kind.BYTE_PAIRS:
-            book, residual = self._book(job.book, job.book_rows), self._book(job.res_book, job.res_rows)
-            return book[code & 0xFF] + residual[code >> 8]
-        if job.kind == Kind.FAR:
-            half = LANES % 2 if job.width == 16 else 0 * LANES
-            assert job.plane + half.max() < job.copies
-            return self._book(job.book, job.book_rows * job.copies)[code * job.copies + job.plane + half]
-        assert job.kind in (Kind.BYTES, Kind.SHORTS)
-        entry = code if job.kind == Kind.BYTES else entry_of_image_row(code, job.book_rows)
-        return self._book(job.book, job.book_rows)[entry]
+    def _named_vectors(self, job: Job, tiles: range, book: int, book_rows: int, second: int) -> np.ndarray:
+        """Vectors ``[tiles, strips, 2, 32, 8]`` as the lanes of ldmatrix name them, of two vector rows or halves."""
+        kind, wide = Kind(job.kind), job.width == 16
+        tile, strip, load, lane = np.ogrid[tiles.start : tiles.stop, : -(-job.column_end // STRIP_COLUMNS), :2, :32]
+        named = lane // 2 if wide else lane
+        row = named % 8  # of a matrix
+        of_codes = row // 2 % 2 * (8 if wide else 16) + named // 8 * 2 + row % 2 + load * (4 if wide else 8)
+        per_load, word = (8, strip % 8 // 2) if kind == Kind.BYTES else (4, strip % 4)
+        at = tile * job.row_words + (strip // per_load * (16 if wide else 32) + of_codes) * 4 + word
+        assert at.min() >= 0 and (at < (tile + 1) * job.row_words).all()
+        words = self._take("codes", job.codes, at.max() + 1)[at]
+        if kind in (Kind.BYTES, Kind.BYTE_PAIRS):
+            byte = strip % 2 * 2 + row // 4 if kind == Kind.BYTES else row // 4 * 2 + second
+            entry = words >> 8 * byte & 0xFF
+        else:
+            entry = words >> 16 * (row // 4) & 0xFFFF
+        if kind == Kind.FAR:
+            plane = job.plane + (lane % 2 if wide else 0 * lane)
+            assert plane.max() < job.copies
+            vectors = self._book(book, book_rows * job.copies)[entry * job.copies + plane]
+            # The halves of an entry, which neighbouring lanes copy, are of different outputs.
+            return vectors.reshape(*entry.shape[:2], 32, 2, 8).swapaxes(2, 3) if wide else vectors
+        return self._book(book, book_rows)[entry_of_image_row(entry, book_rows) if kind == Kind.SHORTS else entry]
+
+
+def decoded_by(block: int, blocks: int, spans: int, rows: int) -> Iterator[tuple[int, range]]:
+    """Spans and their rows that a thread block of decode.cu takes of a decoding."""
+    together = blocks // spans
+    others = blocks - together * spans
+    shared_rows = rows * (blocks - others) // blocks
+    if block < together * spans:
+        yield block % spans, range(block // spans, shared_rows, together)
+        return
+    own_rows, other = rows - shared_rows, block - together * spans
+    unit, last = (spans * own_rows * i // others for i in (other, other + 1))
+    while unit < last:
+        span, row = divmod(unit, own_rows)
+        end = min(last, unit - row + own_rows)
+        yield span, range(shared_rows + row, shared_rows + row + end - unit)
+        unit = end
 
 
 def _ring_rows(tokens: int, kind: int) -> int:
@@ -583,6 +619,22 @@ def test_images_fill_shared_memory(entries):
     """Only books of outliers may have any size."""
     extras = dict(outlier_size=20, outlier_vector_len=8, num_outlier_centroids=entries)
     check(*fused_layer([LayerSpec(320, 100, **FORMATS["v8-k256-256"], **extras)]), processors=3)
+
+
+@pytest.mark.parametrize("spans", [1, 2, 8, 28, 56])
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 256])
+def test_thread_blocks_decode_every_row_once(spans, rows):
+    for blocks in (1, 2, 7, 44, 132, 176, 264):
+        if blocks > spans * rows:
+            continue
+        times, most = np.zeros((spans, rows), int), 0
+        for block in range(blocks):
+            pieces = list(decoded_by(block, blocks, spans, rows))
+            most = max(most, sum(len(own) for _, own in pieces))
+            for span, own in pieces:
+                times[span, own] += 1
+        assert (times == 1).all()
+        assert most <= 1.02 * spans * rows / blocks + 5
 
 
 def test_neighbours_share_a_slice():

@@ -11,10 +11,16 @@ from tests.strategies import few
 
 
 @few(60)
-@given(n=st.integers(1, 700), count=st.integers(1, 300), width=st.integers(1, 9), crowded=st.booleans())
-def test_both_ways_agree(n: int, count: int, width: int, crowded: bool) -> None:
+@given(
+    n=st.integers(1, 700),
+    count=st.integers(1, 300),
+    width=st.integers(1, 9),
+    crowded=st.booleans(),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_both_ways_agree(n: int, count: int, width: int, crowded: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(n + count)
-    index = torch.randint(1 if crowded else count, (n,), generator=generator)
+    index = torch.randint(1 if crowded else count, (n,), generator=generator).to(dtype)
     rows = torch.randn(n, width, generator=generator)
     sums = IndexedSums(index, count)
     sums._sort()

@@ -70,8 +70,9 @@ __global__ void __launch_bounds__(kCompactThreads)
   const T* books = static_cast<const T*>(layer.books);
   const Entry<T> book(books + job.book, job.vector_len, job.plane);
   const Entry<T> residual(books + max(job.res_book, 0), job.vector_len, job.plane);
-  const float* scale = job.scale < 0 ? nullptr : layer.norm + job.scale;
-  const int32_t* list = job.column_list < 0 ? nullptr : layer.columns + job.column_list;
+  const bool has_scale = job.scale >= 0, has_list = job.column_list >= 0;  // rather than null: see prepare.cu
+  const float* scale = layer.norm + job.scale;
+  const int32_t* list = layer.columns + job.column_list;
   const int bits = job.index_bits + job.res_bits;
   for (int row = job.row_begin + warp; row < job.row_end; row += kCompactThreads / 32) {
     const int32_t* words = layer.codes + job.codes + size_t(row) * job.row_words;
@@ -80,8 +81,8 @@ __global__ void __launch_bounds__(kCompactThreads)
     for (int c = job.column_begin + lane; c < job.column_end; c += 32) {
       float weights[8];
       look_up(book, residual, job, merged_index(words, bits, c), weights);
-      const int source = list ? __ldg(list + c) : c;
-      const float factor = scale ? __ldg(scale + source) : 1.f;
+      const int source = has_list ? __ldg(list + c) : c;
+      const float factor = has_scale ? __ldg(scale + source) : 1.f;
 #pragma unroll
       for (int t = 0; t < Count; t++) {
         if (t >= tokens.count) break;
@@ -115,21 +116,21 @@ __global__ void __launch_bounds__(kCompactThreads)
   const T* books = static_cast<const T*>(layer.books);
   const Entry<T> book(books + job.book, job.vector_len, plane);
   const Entry<T> residual(books + max(job.res_book, 0), job.vector_len, plane);
-  const float* scale = job.scale < 0 ? nullptr : layer.norm + job.scale;
-  const float* shift = job.shift < 0 ? nullptr : layer.norm + job.shift;
-  const int32_t* list = job.column_list < 0 ? nullptr : layer.columns + job.column_list;
+  const bool has_scale = job.scale >= 0, has_list = job.column_list >= 0;  // rather than null: see prepare.cu
+  const float *scale = layer.norm + job.scale, *shift = layer.norm + job.shift;
+  const int32_t* list = layer.columns + job.column_list;
   const int32_t* words = layer.codes + job.codes + size_t(row) * job.row_words;
   const int first = row * job.vector_len - part.skip + plane * 8;  // output of the plane's first element
   const int bits = job.index_bits + job.res_bits;
-  const bool whole = !list && stride % 2 == 0;
+  const bool whole = !has_list && stride % 2 == 0;
   for (int c = threadIdx.x * 2; c < job.column_end; c += kCompactThreads * 2) {
     float weights[2][8];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int column = min(c + i, job.column_end - 1);
       look_up(book, residual, job, merged_index(words, bits, column), weights[i]);
-      const int source = list ? __ldg(list + column) : column;
-      const float factor = scale ? __ldg(scale + source) : 1.f, offset = shift ? __ldg(shift + source) : 0.f;
+      const int source = has_list ? __ldg(list + column) : column;
+      const float factor = has_scale ? __ldg(scale + source) : 1.f, offset = has_scale ? __ldg(shift + source) : 0.f;
 #pragma unroll
       for (int e = 0; e < 8; e++) weights[i][e] = weights[i][e] * factor + offset;
     }
@@ -145,8 +146,8 @@ __global__ void __launch_bounds__(kCompactThreads)
       if (whole && c + 1 < job.column_end) {
         *reinterpret_cast<unsigned*>(to + c) = pack(low, high);
       } else {
-        to[list ? list[c] : c] = low;
-        if (c + 1 < job.column_end) to[list ? list[c + 1] : c + 1] = high;
+        to[has_list ? list[c] : c] = low;
+        if (c + 1 < job.column_end) to[has_list ? list[c + 1] : c + 1] = high;
       }
     }
   }

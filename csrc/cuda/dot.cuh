@@ -14,7 +14,8 @@ __device__ __forceinline__ void multiply_dot(const Layer& layer, const Tokens& t
   constexpr int kTokens = 8, kColumns = 4;  // of a thread: so many loads are under way
   const int warps = blockDim.x / 32;
   const T* x = static_cast<const T*>(tokens.x);
-  const float* shift = job.shift < 0 ? nullptr : layer.norm + job.shift;
+  const bool has_shift = job.shift >= 0;  // a flag rather than null: see prepare.cu
+  const float* shift = layer.norm + job.shift;
   for (int first = job.row_begin; first < min(job.row_end, tokens.count); first += kTokens) {
     float sums[kTokens] = {};
     for (int begin = job.column_begin + threadIdx.x; begin < job.column_end; begin += blockDim.x * kColumns) {
@@ -23,7 +24,7 @@ __device__ __forceinline__ void multiply_dot(const Layer& layer, const Tokens& t
 #pragma unroll
       for (int c = 0; c < kColumns; c++) {
         const int there = min(begin + c * int(blockDim.x), job.column_end - 1);
-        factors[c] = shift ? __ldg(shift + there) : 1.f;
+        factors[c] = has_shift ? __ldg(shift + there) : 1.f;
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
           values[c][t] = Number<T>::narrow(0.f);

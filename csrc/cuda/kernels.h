@@ -162,10 +162,17 @@ struct Window {
   int begin, end;
 };
 
-// Weights [outputs of the window, stride] of a segment's plane or two: those that `job` looks up, and `residual`,
-// unless its kind is -1, added to them; norm applied.
-cudaError_t decode(Type type, const Layer&, const Job& job, const Job& residual, const Module&, const Part&,
-                   void* weight, int64_t stride, const Window&, cudaStream_t);
+// Weights of a segment's plane or two: those that `job` looks up, and `residual`, unless its kind is -1, added to them;
+// norm applied. They go to `weight`, [outputs of the window, stride].
+struct Decoding {
+  Job job, residual;
+  Module module;
+  Part part;
+  Window window;
+  void* weight;
+};
+
+cudaError_t decode(Type type, const Layer&, const Decoding* decodings, int count, int64_t stride, cudaStream_t);
 
 // The same for all planes of a segment in the compact layout.
 cudaError_t decode_compact(Type type, const Layer&, const Job&, const Module&, const Part&, void* weight,

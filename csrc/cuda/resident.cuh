@@ -36,10 +36,10 @@ __host__ __device__ inline int image_row(int row, int image, int rows) {
   return base + ((row & ~7) | ((row ^ (image ? row >> (3 * image) : 0)) & 7));
 }
 
-// The inverse: which entry lies in a row of an image; `rows` is a multiple of 8.
+// The inverse: which entry lies in a row of one of up to three images; `rows` is a multiple of 8.
 __device__ __forceinline__ int entry_of_image_row(int at, int rows) {
-  const int image = at / rows, row = at - image * rows;
-  return row & ~7 | ((row ^ (image ? row >> (3 * image) : 0)) & 7);
+  const int image = (at >= rows) + (at >= 2 * rows), row = at - image * rows;
+  return row ^ ((image ? row >> (3 * image) : 0) & 7);
 }
 
 // Every row is loaded once and stored to all images; blocks begin at different rows, since all load the same few lines

@@ -19,6 +19,9 @@ constexpr int kTile = 32 * kPoints;      // of a block
 constexpr int kChunk = kThreads;         // centroids in shared memory
 constexpr float kFar = 3.402823466e38f;  // the largest float: of padding
 constexpr int kSpread = 8;               // columns that a thread of `spread` changes
+constexpr int kHeld = 4;                 // columns that a lane of `code_rows` holds
+constexpr int kRowWarps = 4;             // rows of vectors of a block of `code_rows`
+constexpr int kFewCentroids = 8192;      // of both books, that one warp looks through
 
 using Key = unsigned long long;  // a score, made to sort as an integer, above the index
 
@@ -224,6 +227,124 @@ __global__ void spread(const float* __restrict__ change, int64_t size, const flo
     if (c < columns) block[c * size + i] -= weights[c] * by;
 }
 
+// The least key among a book's centroids, or among those behind `after`, for one vector that all lanes of a warp have.
+template <int V>
+__device__ inline Key nearest_of_warp(const float (&minus)[V], const float* __restrict__ book, int count,
+                                      const Key* after) {
+  Key lowest = ~Key(0);
+  for (int c = threadIdx.x % 32; c < count; c += 32) {
+    float centroid[V], norm = 0.0f;
+#pragma unroll
+    for (int d = 0; d < V; d++) {
+      centroid[d] = book[size_t(c) * V + d];
+      norm = fmaf(centroid[d], centroid[d], norm);
+    }
+    const Key key = key_of(score(minus, centroid, norm / 2), unsigned(c));
+    if (key < lowest && (!after || key > *after)) lowest = key;
+  }
+#pragma unroll
+  for (int step = 16; step; step /= 2) lowest = min(lowest, __shfl_xor_sync(~0u, lowest, step));
+  return lowest;
+}
+
+// A whole block of columns in one launch, where books are small: what a column leaves to the columns behind it stays in
+// its row of vectors, so that rows go their own ways. A warp has a row: lanes share the centroids, and hold the row's
+// columns, kHeld of every 32. Computes what `search`, `leave`, `choose` and `spread` do, in the same order.
+template <int V, Use How>
+__global__ void __launch_bounds__(32 * kRowWarps)
+    code_rows(const float* __restrict__ block, int columns, int64_t rows, const float* __restrict__ matrix,
+              int64_t matrix_stride, const float* __restrict__ main, int k, const float* __restrict__ residual, int r,
+              int candidates, int64_t* __restrict__ index, int64_t* __restrict__ residual_index,
+              float* __restrict__ result) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row = int64_t(blockIdx.x) * kRowWarps + threadIdx.x / 32, size = rows * V;
+  if (row >= rows) return;
+  float held[kHeld][V];
+#pragma unroll
+  for (int t = 0; t < kHeld; t++)
+#pragma unroll
+    for (int d = 0; d < V; d++)
+      held[t][d] = t * 32 + lane < columns ? block[(t * 32 + lane) * size + row * V + d] : 0.0f;
+#pragma unroll 1
+  for (int j = 0; j < columns; j++) {
+    if (j && j % 32 == 0) {  // the next 32 columns come first: registers have no index
+#pragma unroll
+      for (int t = 0; t + 1 < kHeld; t++)
+#pragma unroll
+        for (int d = 0; d < V; d++) held[t][d] = held[t + 1][d];
+    }
+    const int64_t i = j * rows + row;
+    float x[V], minus[V], after[V], change[V];
+#pragma unroll
+    for (int d = 0; d < V; d++) {
+      x[d] = __shfl_sync(~0u, held[0][d], j % 32);
+      minus[d] = -x[d];
+    }
+    unsigned chosen = 0, chosen_residual = 0;
+    float lowest = kFar;
+    Key nearest = 0;
+    for (int t = 0; t < candidates; t++) {
+      const Key before = nearest;
+      nearest = nearest_of_warp(minus, main, k, t ? &before : nullptr);
+      if (!residual) {
+        chosen = unsigned(nearest);
+        break;
+      }
+      float left[V], norm = 0.0f;
+#pragma unroll
+      for (int d = 0; d < V; d++) {
+        left[d] = x[d] - main[size_t(unsigned(nearest)) * V + d];
+        norm = fmaf(left[d], left[d], norm);
+        left[d] = -left[d];
+      }
+      const Key second = nearest_of_warp(left, residual, r, nullptr);
+      const float error = norm / 2 + score_of(second);
+      if (t == 0 || error < lowest) {
+        lowest = error;
+        chosen = unsigned(nearest);
+        chosen_residual = unsigned(second);
+      }
+    }
+    bool taken = true;
+#pragma unroll
+    for (int d = 0; d < V; d++) {
+      after[d] = main[size_t(chosen) * V + d];
+      if (residual) after[d] += residual[size_t(chosen_residual) * V + d];
+    }
+    const float* weights = matrix + j * matrix_stride;
+    if constexpr (How == Use::kCode) {
+#pragma unroll
+      for (int d = 0; d < V; d++) change[d] = (x[d] - after[d]) / weights[j];
+    } else {
+      const int64_t old = index[i], old_residual = residual ? residual_index[i] : 0;
+      float gain = 0.0f;
+#pragma unroll
+      for (int d = 0; d < V; d++) {
+        float before = main[size_t(old) * V + d];
+        if (residual) before += residual[size_t(old_residual) * V + d];
+        gain += (x[d] - before) * (x[d] - before) - (x[d] - after[d]) * (x[d] - after[d]);
+        change[d] = after[d] - before;
+      }
+      taken = gain > 0.0f;
+    }
+    __syncwarp();  // every lane has read the old index
+    if (lane == 0) {
+#pragma unroll
+      for (int d = 0; d < V; d++) result[i * V + d] = taken ? change[d] : 0.0f;
+      if (taken) index[i] = chosen;
+      if (taken && residual) residual_index[i] = chosen_residual;
+    }
+    if (!taken) continue;
+#pragma unroll
+    for (int t = 0; t < kHeld; t++) {
+      const int column = j / 32 * 32 + t * 32 + lane;
+      if (column <= j || column >= columns) continue;
+#pragma unroll
+      for (int d = 0; d < V; d++) held[t][d] -= weights[column] * change[d];
+    }
+  }
+}
+
 unsigned blocks_for(int64_t size, int threads) { return unsigned((size + threads - 1) / threads); }
 
 struct Books {
@@ -277,6 +398,12 @@ void launch_block(float* block, int columns, int64_t rows, const float* matrix, 
                   const Books& books, const Scratch& scratch, int64_t* index, int64_t* residual_index, float* result,
                   int processors, cudaStream_t stream) {
   const int64_t size = rows * V;
+  if (columns <= 32 * kHeld && books.k + books.r <= kFewCentroids) {
+    code_rows<V, How><<<blocks_for(rows, kRowWarps), 32 * kRowWarps, 0, stream>>>(
+        block, columns, rows, matrix, matrix_stride, books.main, books.k, books.residual, books.r, books.candidates,
+        index, residual_index, result);
+    return;
+  }
   for (int j = 0; j < columns; j++) {
     const float* weights = matrix + j * matrix_stride + j;
     launch_choice<V, How>(block + j * size, rows, books, scratch, weights, index + j * rows,
