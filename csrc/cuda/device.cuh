@@ -137,20 +137,27 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
-#if __CUDA_ARCH__ >= 900
-#define VPTQ_WAIT "try_wait"  // the thread sleeps for a while
-#else
-#define VPTQ_WAIT "test_wait"
-#endif
 __device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done)
-    asm volatile("{\n.reg .pred p;\nmbarrier." VPTQ_WAIT ".parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
 }
-#undef VPTQ_WAIT
+
+// The same, but the thread sleeps meanwhile and takes no turns from others. (Waking takes longer: for waits that are
+// seldom long.)
+__device__ __forceinline__ void sleep_until_phase(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done = 0;
+  while (!done)
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+#endif
+}
 
 // Index streams are read once: they need not push anything out of the L1 cache.
 __device__ __forceinline__ uint4 load_once(const uint4* p) {

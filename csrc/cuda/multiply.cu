@@ -25,7 +25,8 @@ __global__ void __maxnreg__(112)
   constexpr int Octets = Slots <= 8 ? 1 : 2;
   extern __shared__ uint4 shared[];
   // Here rather than in registers, which the products need, or on a stack: 512 threads' stacks do not fit the L1 cache
-  // that 200 KiB of shared memory leave, and cost 4 us at the start of a kernel of 12.
+  // that 200 KiB of shared memory leave, and cost 4 us at the start of a kernel of 12. (The end of the jobs is looked
+  // up for each of them for the same reason.)
   __shared__ Job job;
   __shared__ Layer own_layer;
   __shared__ Tokens own_tokens;
@@ -33,12 +34,12 @@ __global__ void __maxnreg__(112)
   __shared__ Dots dots;
   __shared__ Exchange exchange;
   let_next_start();
-  const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
+  const int first = starts[blockIdx.x];
   if (threadIdx.x == 0) {
     copy.initialise();
     exchange.initialise();
   }
-  for (int j = first; j < last; j++) {
+  for (int j = first; j < starts[blockIdx.x + 1]; j++) {
     __syncthreads();
     if (threadIdx.x < sizeof(Job) / 4)
       reinterpret_cast<int*>(&job)[threadIdx.x] = reinterpret_cast<const int*>(jobs + j)[threadIdx.x];

@@ -65,7 +65,7 @@ __device__ __forceinline__ void order_activations(const CUtensorMap* map, int fi
   int column = first_column + job.column_begin;
   for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++) {
     const int stage = done % Tile::kStages;
-    wait_for_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
+    sleep_until_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
     announce_bulk_copy(shared_address(ring.full + stage), Tile::kBytes);
 #pragma unroll
     for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
@@ -213,9 +213,7 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
       else
         look_up(next, c + kAhead - kChunks);
       const int stage = done % Tile::kStages;
-      if (c % kTileChunks == 0) {
-        wait_for_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
-      }
+      if (c % kTileChunks == 0) sleep_until_phase(shared_address(ring.full + stage), done / Tile::kStages & 1);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kChunkSteps; i++) {
