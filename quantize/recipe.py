@@ -227,8 +227,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "correction": 0.5,
         "iterations": 20,
         "candidates": 8,
-        "tokens": 262144,
-        "finetune": {"steps": 300, "tokens": 2048},
+        "tokens": 131072,
+        "finetune": {"steps": 500},
     },
     # VPTQ as released: no fine-tuning. Its norm forgets to scale the Hessian; this one does not.
     "paper": _PAPER | {"allocation": "uniform", "tokens": 32768},
