@@ -29,16 +29,16 @@ class _LookUp(torch.autograd.Function):
 
 
 class _Reorder(torch.autograd.Function):
-    """Columns in another order, whose gradients are put back by the inverse order: nothing needs to be added up."""
+    """Columns in another order, whose gradients are put back by its inverse: nothing needs to be added up."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, order: Tensor) -> Tensor:
-        ctx.order = order
+    def forward(ctx: Any, weight: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
         return weight[:, order]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[:, ctx.order.argsort()], None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[:, ctx.inverse], None, None
 
 
 class _Indices:
@@ -83,9 +83,10 @@ class CodedLinear(nn.Module):
                 second = _Indices(residual, len(block.res_book))
             self._indices.append((_Indices(index, len(block.book)), second))
             columns.append(block.columns)
-        order = torch.cat(columns).argsort()
-        in_order = bool((order == torch.arange(len(order), device=order.device)).all())
-        self._order = None if in_order else order
+        stored = torch.cat(columns)
+        in_order = bool((stored == torch.arange(len(stored), device=stored.device)).all())
+        self._orders = None if in_order else (stored.argsort(), stored)
+        """Which decoded column stands where, and the inverse."""
 
     def weight(self) -> Tensor:
         """W float32 ``[out_features, in_features]``, differentiable in the parameters."""
@@ -100,8 +101,8 @@ class CodedLinear(nn.Module):
                 part = part + residual(self.res_centroids[group].view(-1, v))
             parts.append(part.transpose(1, 2).flatten(0, 1)[: spec.shape[0]])
         weight: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        if self._order is not None:
-            weight = _Reorder.apply(weight, self._order)
+        if self._orders is not None:
+            weight = _Reorder.apply(weight, *self._orders)
         if not spec.enable_norm:
             return weight
         if spec.norm_dim == 1:

@@ -137,27 +137,23 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (!done)
-    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-}
+// Until a phase of a barrier has ended, which WAIT, an instruction of mbarrier, asks for.
+#define VPTQ_UNTIL_PHASE(WAIT)                                                                                \
+  for (uint32_t done = 0; !done;)                                                                             \
+  asm volatile("{\n.reg .pred p;\nmbarrier." WAIT ".parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}" \
+               : "=r"(done)                                                                                   \
+               : "r"(barrier), "r"(parity)                                                                    \
+               : "memory")
+__device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity) { VPTQ_UNTIL_PHASE("test_wait"); }
 
 // The same, but the thread sleeps meanwhile and takes no turns from others. (Waking takes longer: for waits that are
 // seldom long.)
 __device__ __forceinline__ void sleep_until_phase(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t done = 0;
-  while (!done)
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
+  VPTQ_UNTIL_PHASE("try_wait");
 #endif
 }
+#undef VPTQ_UNTIL_PHASE
 
 // Index streams are read once: they need not push anything out of the L1 cache.
 __device__ __forceinline__ uint4 load_once(const uint4* p) {

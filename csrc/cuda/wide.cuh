@@ -240,8 +240,9 @@ __device__ __forceinline__ void consume(const Layer& layer, const Tokens& tokens
 struct Maps {
   CUtensorMap x, prepared;
 };
-// `kOnly`: the kind of all jobs, or kDot if there are several, which takes more registers than wgmma
-// would like to have.
+
+// `kOnly`: the kind of all jobs, or kDot if there are several, which takes more registers than wgmma would like to
+// have.
 template <typename T, int N, Kind kOnly>
 __global__ void __maxnreg__((Shape<N, kOnly>::kRegisters))
     wide_kernel(const Layer layer, const Tokens tokens, const __grid_constant__ Maps maps, const Job* __restrict__ jobs,
