@@ -42,6 +42,22 @@ __device__ __forceinline__ const Module& module_of(const Records& records, int m
   return records.modules[m];
 }
 
+// Up to N numbers on their way, all at once: added up in a loop, each would wait for those before it.
+template <int N>
+struct Loads {
+  float values[N];
+
+  __device__ __forceinline__ Loads(const float* from, int step, int count) {
+#pragma unroll
+    for (int i = 0; i < N; i++) values[i] = i < count ? __ldcg(from + i * step) : 0.f;
+  }
+  __device__ __forceinline__ float added_to(float sum) const {
+#pragma unroll
+    for (int i = 0; i < N; i++) sum += values[i];
+    return sum;
+  }
+};
+
 // `Share` neighbouring threads share a number: each adds its share of the splits. Registers are few, that blocks may
 // wait beside those of the kernel whose sums they want.
 template <typename T, int Share, typename Records>
@@ -49,6 +65,7 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
     finish_kernel(const __grid_constant__ Records records, int module_count, const int32_t* __restrict__ work,
                   const float* __restrict__ workspace, int64_t stride, const float* __restrict__ norm,
                   const T* __restrict__ bias, T* __restrict__ y, int out_features, int tokens) {
+  constexpr int kAtOnce = 6, kDotsAtOnce = Share == 1 ? 4 : 2;
   const int output = (blockIdx.x * kFinishThreads + threadIdx.x) / Share, mine = threadIdx.x % Share;
   let_next_start();
   if (output >= out_features) return;
@@ -61,18 +78,22 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
   const float offset = module.scale < 0 ? 1.f : norm[module.shift + n];
   wait_for_previous();
   const float* sums = workspace + token * stride;
+  const Loads<kDotsAtOnce> dots(sums + module.dot + mine, Share, (module.dots - mine + Share - 1) / Share);
   float product = 0.f;
   for (int p = module.part_begin; p < module.part_end; p++) {
     const Part& part = records.parts[p];
     const Sums mine_of = sums_of(part, n, work);
-#pragma unroll 8
-    for (int s = mine; s < mine_of.splits; s += Share) product += __ldcg(sums + mine_of.at + int64_t(s) * part.stride);
+    const int count = (mine_of.splits - mine + Share - 1) / Share, step = Share * part.stride;
+    const float* from = sums + mine_of.at + mine * part.stride;
+    for (int s = 0; s < count; s += kAtOnce, from += kAtOnce * step)
+      product = Loads<kAtOnce>(from, step, count - s).added_to(product);
   }
 #pragma unroll
   for (int o = 1; o < Share; o *= 2) product += __shfl_xor_sync(together, product, o);
-  float dot = 0.f;
-#pragma unroll 4
-  for (int d = 0; d < module.dots; d++) dot += __ldcg(sums + module.dot + d);
+  float dot = dots.added_to(0.f);
+  for (int d = mine + kDotsAtOnce * Share; d < module.dots; d += Share) dot += __ldcg(sums + module.dot + d);
+#pragma unroll
+  for (int o = 1; o < Share; o *= 2) dot += __shfl_xor_sync(together, dot, o);
   if (mine == 0) y[int64_t(token) * out_features + output] = Number<T>::narrow(product * factor + dot * offset + added);
 }
 
@@ -104,9 +125,12 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks / 2)
   Sums mine = sums_of(records.parts[module.part_begin], n, work);
   wait_for_previous();
   const float* sums[Each];
-  float products[Each][Near] = {};
+  float products[Each][Near] = {}, dots[Each];
 #pragma unroll
-  for (int i = 0; i < Each; i++) sums[i] = workspace + min(int(blockIdx.y) * Each + i, tokens - 1) * stride;
+  for (int i = 0; i < Each; i++) {
+    sums[i] = workspace + min(int(blockIdx.y) * Each + i, tokens - 1) * stride;
+    dots[i] = module.dots ? __ldcg(sums[i] + module.dot) : 0.f;
+  }
   for (int p = module.part_begin; p < module.part_end; p++) {
     if (p > module.part_begin) mine = sums_of(records.parts[p], n, work);
     const int64_t split = records.parts[p].stride;
@@ -120,6 +144,10 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks / 2)
       }
     }
   }
+  for (int d = 1; d < module.dots; d++) {
+#pragma unroll
+    for (int i = 0; i < Each; i++) dots[i] += __ldcg(sums[i] + module.dot + d);
+  }
   float added[Near], factors[Near], offsets[Near];
 #pragma unroll
   for (int e = 0; e < Near; e++) {
@@ -131,15 +159,13 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks / 2)
   for (int i = 0; i < Each; i++) {
     const int token = blockIdx.y * Each + i;
     if (token >= tokens) break;
-    float dot = 0.f;
-#pragma unroll 4
-    for (int d = 0; d < module.dots; d++) dot += __ldcg(sums[i] + module.dot + d);
     T* to = y + int64_t(token) * out_features + output;
     unsigned out[Near / 2];
 #pragma unroll
     for (int e = 0; e < Near; e += 2)
-      out[e / 2] = pack(Number<T>::narrow(products[i][e] * factors[e] + dot * offsets[e] + added[e]),
-                        Number<T>::narrow(products[i][e + 1] * factors[e + 1] + dot * offsets[e + 1] + added[e + 1]));
+      out[e / 2] =
+          pack(Number<T>::narrow(products[i][e] * factors[e] + dots[i] * offsets[e] + added[e]),
+               Number<T>::narrow(products[i][e + 1] * factors[e + 1] + dots[i] * offsets[e + 1] + added[e + 1]));
     if constexpr (Near == 4)
       *reinterpret_cast<uint2*>(to) = make_uint2(out[0], out[1]);
     else

@@ -1,4 +1,4 @@
-// Products with 8 to 128 tokens: three or four warp groups look weights up, a thread orders activations.
+// Products with 8 to 128 tokens: three or four warp groups look weights up, a warp brings activations.
 //
 // A warp keeps to 16 outputs and walks along the columns. ldmatrix.trans of the centroids of 2 vector rows x 16 columns
 // is the A fragment of a wgmma, as in resident.cuh; but the activations are its B operand, which the tensor core reads
@@ -31,13 +31,19 @@ struct Shape {
   static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : kAcross;
   static constexpr int kBytes = N * kColumns * 2;
   static constexpr int kStages = kRing / kBytes;
-  static constexpr int kThreads = kConsumers + 32;  // of which one orders activations
+  static constexpr int kThreads = kConsumers + 32;  // the last warp brings activations
   // A thread's, so few where they suffice that a block of finish.cu finds room beside: a quarter of a multiprocessor
   // has 16384 for its four or five warps, and a warp of that block takes 2048.
   static constexpr int kRegisters = N == 128 || kOnly == Kind::kDot || (N == 64 && kOnly == Kind::kFarBytes) ? 128
                                     : kWarps == 16                                                           ? 88
                                                                                                              : 112;
   static_assert(kStages >= 2 && kStages <= kMostStages);
+  static constexpr bool kScales = N == 8;  // what a norm wants scaled is, on its way; else prepare.cu has done it
+
+  // Tiles of a job.
+  static __device__ __forceinline__ int count(const Job& job) {
+    return (job.column_end - job.column_begin + kGranule - 1) / kGranule * (kGranule / kColumns);
+  }
 
   // Where 16 columns of a stage, the step `s`, lie in the ring.
   static __device__ __forceinline__ uint32_t place(int stage, int s) {
@@ -47,29 +53,110 @@ struct Shape {
 
 struct Ring {
   uint64_t full[kMostStages], empty[kMostStages];
+  uint64_t landed[kMostStages];  // tiles that are still to be scaled
 
   template <typename Tile>
   __device__ void initialise() {
     for (int i = 0; i < Tile::kStages; i++) {
       initialise_barrier(shared_address(full + i), 1);
       initialise_barrier(shared_address(empty + i), Tile::kWarps);
+      if (Tile::kScales) initialise_barrier(shared_address(landed + i), 1);
     }
   }
 };
 
-// Orders activations, by one thread; as many tiles are under way as there are stages.
+// Orders the tile at a column, the `done`-th of this block, once there is room; `barriers` will tell that it is there.
+template <typename Tile>
+__device__ __forceinline__ void order_tile(const CUtensorMap* map, int column, Ring& ring, uint64_t* barriers,
+                                           unsigned done, uint32_t stages) {
+  const int stage = done % Tile::kStages;
+  const uint32_t there = shared_address(barriers + stage);
+  sleep_until_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
+  announce_bulk_copy(there, Tile::kBytes);
+#pragma unroll
+  for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
+    copy_tile(stages + Tile::place(stage, i * Tile::kAcross / 16), map, column, there);
+}
+
+// Orders a job's activations, by one thread; as many tiles are under way as there are stages.
 template <typename Tile>
 __device__ __forceinline__ void order_activations(const CUtensorMap* map, int first_column, const Job& job, Ring& ring,
-                                                  unsigned& done, uint32_t stages) {
-  const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
-  int column = first_column + job.column_begin;
-  for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++) {
-    const int stage = done % Tile::kStages;
-    sleep_until_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
-    announce_bulk_copy(shared_address(ring.full + stage), Tile::kBytes);
+                                                  unsigned done, uint32_t stages) {
+  for (int tile = 0; tile < Tile::count(job); tile++)
+    order_tile<Tile>(map, first_column + job.column_begin + tile * Tile::kColumns, ring, ring.full, done + tile,
+                     stages);
+}
+
+// The same by a warp, which scales them where they lie as the job's norm says, and adds up the norm's dot product if
+// the job is to. A lane has eight columns of every tile. `landed`: the parity of the barriers' phases, a bit a stage.
+template <typename T, typename Tile>
+__device__ __forceinline__ void scale_activations(const CUtensorMap* map, const Layer& layer, const Tokens& tokens,
+                                                  const Job& job, Ring& ring, unsigned done, unsigned& landed,
+                                                  uint32_t stages, float* workspace, int64_t stride) {
+  static_assert(Tile::N == 8 && Tile::kColumns == 256 && Tile::kAcross == 64);  // 32 lanes' columns
+  constexpr int kAhead = Tile::kStages - 1, kBatch = 2;                         // tokens loaded together
+  const int lane = threadIdx.x % 32, tiles = Tile::count(job);
+  const bool has_scale = job.scale >= 0, has_dot = job.dot >= 0, has_shift = has_dot && job.shift >= 0;
+  float factors[8], shifts[8], dots[Tile::N] = {};
+  auto load_norm = [&](int tile) {
+    const int column = job.column_begin + tile * Tile::kColumns + lane * 8;
+    const bool there = column < job.column_end;  // all eight or none; behind the end are zeros
+    auto load = [&](float (&to)[8], bool wanted, int at) {
+      float4 four[2] = {{1.f, 1.f, 1.f, 1.f}, {1.f, 1.f, 1.f, 1.f}};
+      if (wanted && there) {
 #pragma unroll
-    for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
-      copy_tile(stages + Tile::place(stage, i * Tile::kAcross / 16), map, column, shared_address(ring.full + stage));
+        for (int i = 0; i < 2; i++) four[i] = load_ahead(reinterpret_cast<const float4*>(layer.norm + at + column) + i);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        to[4 * i] = four[i].x, to[4 * i + 1] = four[i].y, to[4 * i + 2] = four[i].z, to[4 * i + 3] = four[i].w;
+    };
+    load(factors, has_scale, job.scale);
+    load(shifts, has_shift, job.shift);
+  };
+  auto order = [&](int tile) {
+    if (lane == 0 && tile < tiles)
+      order_tile<Tile>(map, job.column_begin + tile * Tile::kColumns, ring, ring.landed, done + tile, stages);
+  };
+  load_norm(0);
+  wait_for_previous();
+  for (int tile = 0; tile < kAhead; tile++) order(tile);
+  for (int tile = 0; tile < tiles; tile++) {
+    const int stage = (done + tile) % Tile::kStages;
+    wait_for_phase(shared_address(ring.landed + stage), landed >> stage & 1);
+    landed ^= 1u << stage;
+    const uint32_t mine = stages + Tile::place(stage, lane / 8 * 4);
+#pragma unroll
+    for (int first = 0; first < Tile::N; first += kBatch) {
+      if (first >= tokens.count) break;
+      uint4 values[kBatch];
+      auto at = [&](int i) { return mine + (first + i) * 128 + (lane % 8 ^ (first + i)) * 16; };  // as swizzled
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) values[i] = load_shared(at(i));
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
+        unsigned* pairs = reinterpret_cast<unsigned*>(&values[i]);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const float2 pair = unpack<T>(pairs[e]);
+          dots[first + i] += pair.x * shifts[2 * e] + pair.y * shifts[2 * e + 1];
+          pairs[e] = scaled<T>(pairs[e], make_float2(factors[2 * e], factors[2 * e + 1]));
+        }
+        store_shared(at(i), values[i]);
+      }
+    }
+    show_to_copy_engine();
+    __syncwarp();
+    if (lane == 0) arrive(shared_address(ring.full + stage));
+    if (tile + 1 < tiles) load_norm(tile + 1);
+    order(tile + kAhead);
+  }
+  if (!has_dot) return;
+#pragma unroll
+  for (int t = 0; t < Tile::N; t++) {
+#pragma unroll
+    for (int o = 16; o; o /= 2) dots[t] += __shfl_xor_sync(kAllLanes, dots[t], o);
+    if (lane == t && t < tokens.count) workspace[t * stride + job.dot] = dots[t];
   }
 }
 
@@ -256,7 +343,7 @@ __global__ void __maxnreg__((Shape<N, kOnly>::kRegisters))
   uint4* books = reinterpret_cast<uint4*>(wide_shared + Tile::kRing);
   const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
   if (threadIdx.x == 0) ring.initialise<Tile>();
-  unsigned done = 0;  // tiles
+  unsigned done = 0, landed = 0;  // tiles; see scale_activations
   int held = -1, res_held = -1;
   for (int j = first; j < last; j++) {
     __syncthreads();
@@ -282,15 +369,21 @@ __global__ void __maxnreg__((Shape<N, kOnly>::kRegisters))
       }
       __syncthreads();
     }
+    const uint32_t stages = shared_address(wide_shared);
     if (threadIdx.x >= Tile::kConsumers) {
-      wait_for_previous();
-      if (threadIdx.x == Tile::kConsumers)
-        order_activations<Tile>(job.source < 0 ? &maps.x : &maps.prepared, max(job.source, 0), job, ring, done,
-                                shared_address(wide_shared));
-      __syncwarp();
+      if (Tile::kScales && (job.scale >= 0 || job.dot >= 0)) {
+        if constexpr (Tile::kScales)
+          scale_activations<T, Tile>(&maps.x, layer, tokens, job, ring, done, landed, stages, workspace, stride);
+      } else {
+        wait_for_previous();
+        if (threadIdx.x == Tile::kConsumers)
+          order_activations<Tile>(job.source < 0 ? &maps.x : &maps.prepared, max(job.source, 0), job, ring, done,
+                                  stages);
+        __syncwarp();
+      }
+      done += Tile::count(job);
       continue;
     }
-    const uint32_t stages = shared_address(wide_shared);
     switch (kind) {
       case Kind::kBytes:
         consume<T, Tile, Kind::kBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);
