@@ -14,6 +14,8 @@ namespace vptq {
 
 constexpr int kRingBytes = 32768;  // of activations
 constexpr int kMostStages = 8;
+constexpr int kMostScaled = 8;  // tokens whose activations are scaled here, if a norm says so: else prepare.cu has
+constexpr int kMostBringers = 4;
 constexpr int kStepBytes = 512;  // of a step's 32 vectors; a warp gathers those of a granule
 constexpr int kFarBytes = kGranule / 16 * kStepBytes;
 
@@ -31,14 +33,15 @@ struct Shape {
   static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : kAcross;
   static constexpr int kBytes = N * kColumns * 2;
   static constexpr int kStages = kRing / kBytes;
-  static constexpr int kThreads = kConsumers + 32;  // the last warp brings activations
+  static constexpr bool kScales = N <= kMostScaled;
+  static constexpr int kBringers = kScales ? kMostBringers : 1;  // warps that bring activations
+  static constexpr int kThreads = kConsumers + kBringers * 32;
   // A thread's, so few where they suffice that a block of finish.cu finds room beside: a quarter of a multiprocessor
   // has 16384 for its four or five warps, and a warp of that block takes 2048.
   static constexpr int kRegisters = N == 128 || kOnly == Kind::kDot || (N == 64 && kOnly == Kind::kFarBytes) ? 128
                                     : kWarps == 16                                                           ? 88
                                                                                                              : 112;
   static_assert(kStages >= 2 && kStages <= kMostStages);
-  static constexpr bool kScales = N == 8;  // what a norm wants scaled is, on its way; else prepare.cu has done it
 
   // Tiles of a job.
   static __device__ __forceinline__ int count(const Job& job) {
@@ -54,6 +57,7 @@ struct Shape {
 struct Ring {
   uint64_t full[kMostStages], empty[kMostStages];
   uint64_t landed[kMostStages];  // tiles that are still to be scaled
+  float dots[kMostBringers][kMostScaled];
 
   template <typename Tile>
   __device__ void initialise() {
@@ -87,17 +91,18 @@ __device__ __forceinline__ void order_activations(const CUtensorMap* map, int fi
                      stages);
 }
 
-// The same by a warp, which scales them where they lie as the job's norm says, and adds up the norm's dot product if
-// the job is to. A lane has eight columns of every tile. `landed`: the parity of the barriers' phases, a bit a stage.
-template <typename T, typename Tile>
+// The same by the warps that bring activations, in turn: they scale them where they lie as the job's norm says, and add
+// up the norm's dot product if the job is to. A lane has eight columns of a tile. `landed`: the parity of the barriers'
+// phases when the job begins, a bit a stage.
+template <typename T, typename Tile, bool kDots>
 __device__ __forceinline__ void scale_activations(const CUtensorMap* map, const Layer& layer, const Tokens& tokens,
-                                                  const Job& job, Ring& ring, unsigned done, unsigned& landed,
+                                                  const Job& job, Ring& ring, unsigned done, unsigned landed,
                                                   uint32_t stages, float* workspace, int64_t stride) {
-  static_assert(Tile::N == 8 && Tile::kColumns == 256 && Tile::kAcross == 64);  // 32 lanes' columns
-  constexpr int kAhead = Tile::kStages - 1, kBatch = 2;                         // tokens loaded together
-  const int lane = threadIdx.x % 32, tiles = Tile::count(job);
-  const bool has_scale = job.scale >= 0, has_dot = job.dot >= 0, has_shift = has_dot && job.shift >= 0;
-  float factors[8], shifts[8], dots[Tile::N] = {};
+  static_assert(Tile::kColumns == 256 && Tile::kAcross == 64);  // 32 lanes' columns
+  constexpr int kBatch = 2;                                     // tokens loaded together
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - Tile::kWarps, tiles = Tile::count(job);
+  const bool has_scale = job.scale >= 0, has_shift = kDots && job.shift >= 0;
+  float factors[8], shifts[8], dots[kDots ? Tile::N : 1] = {};
   auto load_norm = [&](int tile) {
     const int column = job.column_begin + tile * Tile::kColumns + lane * 8;
     const bool there = column < job.column_end;  // all eight or none; behind the end are zeros
@@ -112,25 +117,24 @@ __device__ __forceinline__ void scale_activations(const CUtensorMap* map, const 
         to[4 * i] = four[i].x, to[4 * i + 1] = four[i].y, to[4 * i + 2] = four[i].z, to[4 * i + 3] = four[i].w;
     };
     load(factors, has_scale, job.scale);
-    load(shifts, has_shift, job.shift);
+    if (kDots) load(shifts, has_shift, job.shift);
   };
   auto order = [&](int tile) {
     if (lane == 0 && tile < tiles)
       order_tile<Tile>(map, job.column_begin + tile * Tile::kColumns, ring, ring.landed, done + tile, stages);
   };
-  load_norm(0);
+  load_norm(warp);
   wait_for_previous();
-  for (int tile = 0; tile < kAhead; tile++) order(tile);
-  for (int tile = 0; tile < tiles; tile++) {
+  for (int tile = warp; tile < Tile::kStages; tile += Tile::kBringers) order(tile);
+  for (int tile = warp; tile < tiles; tile += Tile::kBringers) {
     const int stage = (done + tile) % Tile::kStages;
-    wait_for_phase(shared_address(ring.landed + stage), landed >> stage & 1);
-    landed ^= 1u << stage;
+    wait_for_phase(shared_address(ring.landed + stage), (landed >> stage ^ tile / Tile::kStages) & 1);
     const uint32_t mine = stages + Tile::place(stage, lane / 8 * 4);
 #pragma unroll
     for (int first = 0; first < Tile::N; first += kBatch) {
       if (first >= tokens.count) break;
       uint4 values[kBatch];
-      auto at = [&](int i) { return mine + (first + i) * 128 + (lane % 8 ^ (first + i)) * 16; };  // as swizzled
+      auto at = [&](int i) { return mine + (first + i) * 128 + (lane % 8 ^ (first + i) % 8) * 16; };  // as swizzled
 #pragma unroll
       for (int i = 0; i < kBatch; i++) values[i] = load_shared(at(i));
 #pragma unroll
@@ -139,8 +143,8 @@ __device__ __forceinline__ void scale_activations(const CUtensorMap* map, const 
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const float2 pair = unpack<T>(pairs[e]);
-          dots[first + i] += pair.x * shifts[2 * e] + pair.y * shifts[2 * e + 1];
-          pairs[e] = scaled<T>(pairs[e], make_float2(factors[2 * e], factors[2 * e + 1]));
+          if (kDots) dots[first + i] += pair.x * shifts[2 * e] + pair.y * shifts[2 * e + 1];
+          pairs[e] = pack(Number<T>::narrow(pair.x * factors[2 * e]), Number<T>::narrow(pair.y * factors[2 * e + 1]));
         }
         store_shared(at(i), values[i]);
       }
@@ -148,15 +152,21 @@ __device__ __forceinline__ void scale_activations(const CUtensorMap* map, const 
     show_to_copy_engine();
     __syncwarp();
     if (lane == 0) arrive(shared_address(ring.full + stage));
-    if (tile + 1 < tiles) load_norm(tile + 1);
-    order(tile + kAhead);
+    if (tile + Tile::kBringers < tiles) load_norm(tile + Tile::kBringers);
+    order(tile + Tile::kStages);
   }
-  if (!has_dot) return;
+  if constexpr (kDots) {
 #pragma unroll
-  for (int t = 0; t < Tile::N; t++) {
+    for (int t = 0; t < Tile::N; t++) {
 #pragma unroll
-    for (int o = 16; o; o /= 2) dots[t] += __shfl_xor_sync(kAllLanes, dots[t], o);
-    if (lane == t && t < tokens.count) workspace[t * stride + job.dot] = dots[t];
+      for (int o = 16; o; o /= 2) dots[t] += __shfl_xor_sync(kAllLanes, dots[t], o);
+      if (lane == t) ring.dots[warp][t] = dots[t];
+    }
+    asm volatile("bar.sync 1, %0;" ::"n"(Tile::kBringers * 32) : "memory");
+    if (warp > 0 || lane >= tokens.count) return;
+    float total = 0.f;
+    for (int w = 0; w < Tile::kBringers; w++) total += ring.dots[w][lane];
+    workspace[lane * stride + job.dot] = total;
   }
 }
 
@@ -371,9 +381,17 @@ __global__ void __maxnreg__((Shape<N, kOnly>::kRegisters))
     }
     const uint32_t stages = shared_address(wide_shared);
     if (threadIdx.x >= Tile::kConsumers) {
+      const int tiles = Tile::count(job);
       if (Tile::kScales && (job.scale >= 0 || job.dot >= 0)) {
-        if constexpr (Tile::kScales)
-          scale_activations<T, Tile>(&maps.x, layer, tokens, job, ring, done, landed, stages, workspace, stride);
+        if constexpr (Tile::kScales) {
+          auto scale = [&](auto dots) {
+            scale_activations<T, Tile, decltype(dots)::value>(&maps.x, layer, tokens, job, ring, done, landed, stages,
+                                                              workspace, stride);
+          };
+          job.dot >= 0 ? scale(std::true_type()) : scale(std::false_type());
+        }
+        for (int s = 0; s < Tile::kStages; s++)  // what comes to a stage in this job
+          landed ^= unsigned((tiles + Tile::kStages - 1 - s) / Tile::kStages & 1) << (done + s) % Tile::kStages;
       } else {
         wait_for_previous();
         if (threadIdx.x == Tile::kConsumers)
@@ -381,7 +399,7 @@ __global__ void __maxnreg__((Shape<N, kOnly>::kRegisters))
                                   stages);
         __syncwarp();
       }
-      done += Tile::count(job);
+      done += tiles;
       continue;
     }
     switch (kind) {
