@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError, cuda_extension
+from vllm_vptq.build.toolkit import HOPPER
 from vllm_vptq.layouts import compact, memory, stationary, streams
 from vllm_vptq.layouts.memory import ALIGNED, COMPACT, STATIONARY
 from vllm_vptq.parameters import ModuleShard
@@ -90,9 +91,14 @@ def lay_out(
 
 def available(device: torch.device) -> tuple[str, ...]:
     """The layouts that a GPU has kernels for."""
-    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED_BYTES:
+    return available_with(torch.cuda.get_device_properties(device))
+
+
+def available_with(properties: Any) -> tuple[str, ...]:
+    """Those of a GPU with these ``torch.cuda.get_device_properties``."""
+    if properties.shared_memory_per_block_optin < SHARED_BYTES:
         return (COMPACT,)
-    return memory.LAYOUTS if stationary.Gpu.of(device).tensor_groups else (COMPACT, STATIONARY)
+    return memory.LAYOUTS if (properties.major, properties.minor) == HOPPER else (COMPACT, STATIONARY)
 
 
 def _of(
