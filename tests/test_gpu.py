@@ -221,6 +221,9 @@ def test_input_shapes(layout):
         layer(x[:, :8])
     with pytest.raises(RuntimeError, match="float16 or bfloat16"):
         layer(x.float())
+    for bias in (layer.bias[1:], layer.bias[None], layer.bias.cpu()):
+        with pytest.raises(RuntimeError, match="expected a bias of 48 numbers"):
+            layer.run(x, bias)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
