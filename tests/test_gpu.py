@@ -8,10 +8,12 @@ from torch import Tensor
 
 from tests.shards import fused_layer
 from tests.strategies import spec_extras
+from tests.test_centred import between_0_and_1
 from vllm_vptq import gpu
-from vllm_vptq.format import LayerSpec
+from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import choice, compact, stationary, streams
 from vllm_vptq.layouts.passes import SLICE_ROWS
+from vllm_vptq.parameters import cut_module
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -144,6 +146,25 @@ def test_as_a_model_is_served(name, layout):
         for count in (1, 8, 20, 80, 140, 141):
             layer.check(layer.tokens(count))
         torch.testing.assert_close(layer.layout.weight(**tensors).double(), layer.weight, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "slack"), [("v8-k65536", 1.3), ("v8-k256-256", 1.6), ("v8-k65536-256", 1.6)])
+def test_entries_between_0_and_1(name, slack, layout):
+    """As the reference's norms have them: see ``layouts.centred``."""
+    require(layout)
+    spec = LayerSpec(1024, 120, **FORMATS[name], **EXTRAS["column norm"])
+    for dtype in DTYPES:
+        tensors = between_0_and_1(spec, 0, dtype)
+        shard = cut_module(tensors, spec, (0, 120), (0, 1024), DEVICE)
+        layer, made = choice.build("layer", [shard], dtype, DEVICE, lambda: layout)
+        weight = dequantize(tensors, spec, torch.float64).to(DEVICE)
+        for count in (1, 8, 16, 64, 300):
+            x = torch.randn(count, 1024, device="cuda").to(dtype)
+            exact, dense = x.double() @ weight.T, torch.nn.functional.linear(x, weight.to(dtype))
+            poison(exact.numel(), dtype)
+            error, theirs = (rms(y.double() - exact) for y in (layer.apply(x, None, **made), dense))
+            assert error <= (3 if count == 1 else slack) * theirs
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
