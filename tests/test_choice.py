@@ -206,6 +206,17 @@ def test_a_layer_on_a_gpu_is_one_node_of_a_graph(calls):
     assert calls == [tuple(made.plan)] * 3
 
 
+@pytest.mark.parametrize("shape", [(96,), (0, 96), (5, 96), (2, 3, 96)], ids=str)
+def test_opcheck_of_the_gpus_op(shape, calls):
+    """Its schema and its fake; the real one is checked on a GPU."""
+    made = streams.build(compact.build(shards(), torch.float16, CPU), 96, 132, 16)
+    *tensors, jobs = made.tensors().values()
+    for bias in (None, torch.zeros(40, dtype=torch.float16)):
+        arguments = (torch.zeros(shape, dtype=torch.float16), *tensors, bias, jobs, made.plan)
+        torch.library.opcheck(torch.ops.vllm_vptq.lookup_linear.default, arguments)
+    assert calls
+
+
 def test_jobs_of_the_compact_layout_cover_the_layer():
     """Every vector row and column of every segment, once; sums of different jobs in different places."""
     spec = LayerSpec(2500, 300, 12, 256, 16, group_num=2, enable_norm=True, enable_perm=True)

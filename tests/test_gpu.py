@@ -31,6 +31,7 @@ FORMATS = {
     "v8-k256-256": dict(vector_len=8, num_centroids=256, num_res_centroids=256),
     "v8-k4096": dict(vector_len=8, num_centroids=4096),
     "v8-k2-8192": dict(vector_len=8, num_centroids=2, num_res_centroids=8192),
+    "v4-k2-65536": dict(vector_len=4, num_centroids=2, num_res_centroids=65536),
     "v6-k4096": dict(vector_len=6, num_centroids=4096),
     "v12-k4096-4096": dict(vector_len=12, num_centroids=4096, num_res_centroids=4096),
     "v16-k65536-65536": dict(vector_len=16, num_centroids=65536, num_res_centroids=65536),
@@ -248,6 +249,12 @@ def test_input_shapes(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_as_many_tokens_as_there_may_be(layout):
+    layer = Layer([LayerSpec(264, 40, **FORMATS["v8-k65536-256"], **EXTRAS["column norm"])], torch.float16, layout)
+    layer.check(layer.tokens(65536))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_cuda_graph(layout):
     layer = Layer([LayerSpec(600, 96, **FORMATS["v8-k65536-256"])], torch.float16, layout)
     for count in (1, 16, 50, 150):
@@ -270,20 +277,12 @@ def test_cuda_graph(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_and_compile(layout):
     layer = Layer([LayerSpec(256, 48, **FORMATS["v8-k256-256"])], torch.float16, layout)
-    x = layer.tokens(5)
     t = layer.layout.tensors()
-    arguments = (
-        x,
-        t["codes"],
-        t["books"],
-        t["norm"],
-        t["columns"],
-        t["dense"],
-        layer.bias,
-        t["work"],
-        layer.layout.plan,
-    )
-    torch.library.opcheck(torch.ops.vllm_vptq.lookup_linear.default, arguments)
+    tensors = t["codes"], t["books"], t["norm"], t["columns"], t["dense"]
+    for count in (5, 300):  # looked up, decoded
+        arguments = (layer.tokens(count), *tensors, layer.bias, t["work"], layer.layout.plan)
+        torch.library.opcheck(torch.ops.vllm_vptq.lookup_linear.default, arguments)
+    torch.library.opcheck(torch.ops.vllm_vptq.lookup_weight.default, (*tensors, t["work"], layer.layout.plan))
     compiled = torch.compile(layer.__call__, fullgraph=True, dynamic=True)
     for count in (5, 33):
         x = layer.tokens(count)
