@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.shards import fused_layer
 from tests.strategies import spec_extras
-from tests.test_centred import between_0_and_1
+from tests.test_conditioned import between_0_and_1
 from vllm_vptq import gpu
 from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import choice, compact, stationary, streams
@@ -152,7 +152,7 @@ def test_as_a_model_is_served(name, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("name", "slack"), [("v8-k65536", 1.3), ("v8-k256-256", 1.6), ("v8-k65536-256", 1.6)])
 def test_entries_between_0_and_1(name, slack, layout):
-    """As the reference's norms have them: see ``layouts.centred``."""
+    """As the reference's norms have them: see ``layouts.conditioned``."""
     require(layout)
     spec = LayerSpec(1024, 120, **FORMATS[name], **EXTRAS["column norm"])
     for dtype in DTYPES:

@@ -18,7 +18,7 @@ from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError, cuda_extension
 from vllm_vptq.build.toolkit import HOPPER
 from vllm_vptq.layouts import compact, memory, stationary, streams
-from vllm_vptq.layouts.centred import centre
+from vllm_vptq.layouts.conditioned import condition
 from vllm_vptq.layouts.memory import ALIGNED, COMPACT, STATIONARY
 from vllm_vptq.parameters import ModuleShard
 
@@ -63,7 +63,7 @@ def build(
 
     RuntimeError with the remedy if only a slow way would be left that nobody asked for.
     """
-    shards = centre(shards, dtype)
+    shards = condition(shards, dtype)
     if device.type == "cpu" or not _native(name, dtype):
         return _of(COMPACT, ops.linear, compact.build(shards, dtype, device), shards)
     kind = choose()
