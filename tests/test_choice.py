@@ -52,7 +52,7 @@ def test_on_a_cpu():
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
-def test_no_kernels_is_an_error_unless_the_slow_way_is_asked_for(device, monkeypatch):
+def test_no_kernels_is_an_error_unless_the_slow_way_is_asked_for(device, monkeypatch, caplog):
     def fail() -> None:
         raise BuildError("no nvcc; install it")
 
@@ -61,7 +61,12 @@ def test_no_kernels_is_an_error_unless_the_slow_way_is_asked_for(device, monkeyp
     with pytest.raises(RuntimeError, match=rf"\Amodel\.q: .*no nvcc; install it.*{ops.ALLOW_REFERENCE}=1.*\Z"):
         choice.build("model.q", shards(), torch.float16, torch.device(device), never)
     monkeypatch.setenv(ops.ALLOW_REFERENCE, "1")
-    assert not choice._native("model.q", torch.float16)
+    choice._say_slow.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=choice.logger.name):
+        for name in ("model.q", "model.o"):
+            assert not choice._native(name, torch.float16)
+    (said,) = caplog.messages
+    assert said.endswith("no CUDA kernels: no nvcc; install it") and f"{ops.ALLOW_REFERENCE}=1" in said
 
 
 def test_float32_is_an_error_on_a_gpu(monkeypatch):
@@ -163,6 +168,18 @@ def test_cut_covers_every_row_once(units, blocks):
         assert rows[0][0] == 0 and rows[-1][1] == unit.rows
         assert all(a[1] == b[0] for a, b in itertools.pairwise(rows))
         assert all(lo < hi and lo % unit.grain == 0 for lo, hi in rows)
+
+
+@pytest.mark.parametrize("where", ["jobs", "decodings"])
+def test_a_layer_beyond_the_kernels_offsets_is_an_error(where):
+    part, far = work.Part(0, 0, 0, 8, 0, 0), Job(Kind.FAR, codes=1 << 31)
+    variant = work.Variant(
+        8, [work.Launch([[far if where == "jobs" else Job(Kind.FAR)]])], [work.Module(0, 8, 0, 1)], [part]
+    )
+    decodings = [work.Decoding(0, far, None, part)] if where == "decodings" else []
+    layer = work.LayerWork(True, 106496, 16384, 1024, 5, [variant], decodings, [])
+    with pytest.raises(RuntimeError, match=r"106496 x 16384 .*VLLM_VPTQ_LAYOUT=compact"):
+        layer.encode(CPU)
 
 
 def test_cut_is_balanced():

@@ -208,6 +208,11 @@ def _crossovers() -> dict[str, dict[str, int]]:
     return dict(json.loads(resources.files("vllm_vptq.layouts").joinpath("crossovers.json").read_text()))
 
 
+@cache
+def _say_slow(problem: str) -> None:
+    logger.warning("VPTQ layers run in torch, slowly, as %s=1 allows: %s", ops.ALLOW_REFERENCE, problem)
+
+
 def _native(name: str, dtype: torch.dtype) -> bool:
     """Whether the CUDA kernels serve; False only where the user asked for the torch implementation by name."""
     problem = None
@@ -221,5 +226,6 @@ def _native(name: str, dtype: torch.dtype) -> bool:
     if problem is None:
         return True
     if os.environ.get(ops.ALLOW_REFERENCE) == "1":
+        _say_slow(problem)
         return False
     raise RuntimeError(f"{name}: {problem} (or set {ops.ALLOW_REFERENCE}=1 to run the slow torch implementation)")

@@ -215,7 +215,7 @@ class LayerWork:
     dense: list[tuple[int, int, int]]
 
     def encode(self, device: torch.device) -> tuple[Tensor, list[int]]:
-        """The tensor ``work`` and the plan."""
+        """The tensor ``work`` and the plan; RuntimeError if offsets do not fit the 32 bits that kernels have."""
         words: list[int] = []
 
         def store(records: Sequence[Record]) -> int:
@@ -239,7 +239,13 @@ class LayerWork:
                     words.append(words[-1] + len(thread_block))
                 plan += [launch.wide, jobs, starts, len(launch.jobs)]
             plan += [len(parts), *(n for record in (*v.modules, *parts) for n in record.numbers())]
-        plan += [len(self.decodings), *(n for decoding in self.decodings for n in decoding.numbers())]
+        decodings = [n for decoding in self.decodings for n in decoding.numbers()]
+        if max(max(words), max(decodings, default=0)) >= 1 << 31:
+            raise RuntimeError(
+                f"a layer of {self.out_features} x {self.in_features} has more codes in this layout than kernels can "
+                "address; set VLLM_VPTQ_LAYOUT=compact, or split it among more GPUs (--tensor-parallel-size)"
+            )
+        plan += [len(self.decodings), *decodings]
         plan += [len(self.dense), *(n for entry in self.dense for n in entry)]
         return torch.tensor(words, dtype=torch.int32).to(device), plan
 
