@@ -9,13 +9,16 @@
 Every measurement is a CUDA graph of many calls that rotate among copies of the layer larger together than the L2
 cache, so weights come from memory, as in a model; the time of a call is that of the graph over the calls. The dense
 product is measured in the same way, in the same run. Medians of several replays.
+
+``% mem`` and ``% gather``: how much of the memory's and of the shared memory's bandwidth the least work of the call
+would take in that time (limits.py). Rows are added to benchmarks/results/kernels-DATE-GPU.json, unless --direct is
+given, or to --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +28,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import record
+from benchmarks.limits import Limits, Work
 from vllm_vptq import reference
 from vllm_vptq.build import cuda_extension
 from vllm_vptq.format import VPTQFormatError, parse_format
@@ -45,7 +50,10 @@ SHAPES = {
     "70B down": ([8192], 28672),
 }
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
-Rows = list[dict[str, object]]
+KEY = ("format", "layer", "tokens", "dtype", "norm", "groups", "layout")
+"""What makes two rows rows of the same measurement."""
+CHECKED_TOKENS = 64
+Rows = record.Rows
 COLD_BYTES = 200 << 20
 """Weights that a graph rotates among: several times the L2 cache."""
 
@@ -154,14 +162,18 @@ def dense_microseconds(out_features: int, in_features: int, tokens: int, dtype: 
 
 
 def relative_error(layer: Layer, shards: list[ModuleShard], dtype: torch.dtype, tokens: int) -> float:
-    """Of the first outputs against the torch implementation in float64."""
+    """Of the first outputs of the first CHECKED_TOKENS against the torch implementation in float64.
+
+    All tokens are computed, for which kernels serve a call depends on how many there are.
+    """
     x = torch.randn(tokens, shards[0].in_features, device="cuda").to(dtype)
     outputs = min(shards[0].out_features, 64 * shards[0].segments[0].vector_len)
     first = tuple(replace(segment, words=segment.words[:64].contiguous()) for segment in shards[0].segments)
     part = _in_float64(replace(shards[0], segments=first, out_features=outputs))
     exact_layout = compact.build([part], torch.float64, x.device)
-    exact = reference.linear(x.double(), *exact_layout.tensors().values(), None, exact_layout.plan)
-    return ((layer(x)[:, :outputs].double() - exact).norm() / exact.norm()).item()
+    some = x[:CHECKED_TOKENS].double()
+    exact = reference.linear(some, *exact_layout.tensors().values(), None, exact_layout.plan)
+    return ((layer(x)[:CHECKED_TOKENS, :outputs].double() - exact).norm() / exact.norm()).item()
 
 
 def _in_float64(shard: ModuleShard) -> ModuleShard:
@@ -185,7 +197,10 @@ def measure(arguments: argparse.Namespace, save: Callable[[Rows], None]) -> Rows
     gen = torch.Generator("cuda").manual_seed(0)
     dense: dict[tuple[int, int, int], float] = {}
     rows: Rows = []
-    print("format             layer        layout      bits tokens       us    dense      x   Tw/s    error")
+    limits, commit = Limits.of(torch.cuda.get_device_properties(0)), record.commit()
+    print(
+        f"{'format':18} {'layer':12} {'layout':10}  bits tokens       us    dense      x   Tw/s % mem % gather    error"
+    )
     for name in arguments.formats:
         v, k, r = parse_format(name)
         for shape in arguments.shapes:
@@ -200,19 +215,21 @@ def measure(arguments: argparse.Namespace, save: Callable[[Rows], None]) -> Rows
                         dense[key] = dense_microseconds(*key, dtype)
                     x = torch.randn(tokens, inputs, device="cuda").to(dtype)
                     us = microseconds(lambda i, x=x, layer=layer: layer(x, i), len(layer.copies))
-                    error = relative_error(layer, shards, dtype, min(tokens, 64))
+                    error = relative_error(layer, shards, dtype, tokens)
+                    percent = limits.percent(Work.of(v, k, r, outs, inputs, tokens), us)
                     row = dict(
                         format=name, layer=shape, out_features=sum(outs), in_features=inputs, tokens=tokens,
                         dtype=arguments.dtype, norm=arguments.norm, groups=arguments.groups, layout=layout,
                         bits_per_weight=round(layer.bits, 3), us=round(us, 2),
                         dense_us=round(dense[key], 2), speedup=round(dense[key] / us, 3),
-                        tera_weights_per_s=round(sum(outs) * inputs / us / 1e6, 3),
-                        relative_error=float(f"{error:.3g}"),
+                        tera_weights_per_s=round(sum(outs) * inputs / us / 1e6, 3), **percent,
+                        relative_error=float(f"{error:.3g}"), commit=commit,
                     )  # fmt: skip
                     rows.append(row)
                     cells = f"{layer.bits:5.2f} {tokens:6} {us:8.1f} {dense[key]:8.1f} {row['speedup']:6.2f}"
-                    rate = row["tera_weights_per_s"]
-                    print(f"{name:18} {shape:12} {layout:10} {cells} {rate:6.2f} {error:8.1e}", flush=True)
+                    cells += f" {row['tera_weights_per_s']:6.2f} {percent['memory_percent']:5.1f}"
+                    cells += f" {percent['gather_percent']:8.1f} {error:8.1e}"
+                    print(f"{name:18} {shape:12} {layout:10} {cells}", flush=True)
                 del layer
             torch.cuda.empty_cache()
             save(rows)
@@ -223,9 +240,9 @@ def summarize(rows: Rows) -> None:
     """Geometric means over shapes."""
     groups: dict[tuple[object, ...], list[float]] = {}
     for row in rows:
-        groups.setdefault((row["format"], row["layout"], row["tokens"]), []).append(float(str(row["speedup"])))
+        groups.setdefault((row["format"], row["layout"], row["tokens"]), []).append(row["speedup"])
     print("\ngeometric mean over the layers, x dense")
-    tokens = sorted({int(str(row["tokens"])) for row in rows})
+    tokens = sorted({row["tokens"] for row in rows})
     print(f"{'':29}" + "".join(f"{t:>7}" for t in tokens))
     for name, layout in dict.fromkeys((row["format"], row["layout"]) for row in rows):
         means = [groups.get((name, layout, t)) for t in tokens]
@@ -242,8 +259,10 @@ def main() -> None:
     parser.add_argument("--norm", action="store_true", help="with a norm over the columns of each module")
     parser.add_argument("--groups", type=int, default=1, help="of scattered columns, each with books and a column list")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
-    parser.add_argument("--direct", type=int, help="tokens up to which weights are looked up, not decoded")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--direct", type=int, help="tokens up to which weights are looked up, not decoded; an experiment"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to add to, instead of the one in benchmarks/results")
     arguments = parser.parse_args()
     cuda_extension()
     properties = torch.cuda.get_device_properties(0)
@@ -251,10 +270,13 @@ def main() -> None:
         date=datetime.date.today().isoformat(), gpu=properties.name, processors=properties.multi_processor_count,
         torch=torch.__version__, cuda=torch.version.cuda,
     )  # fmt: skip
+    file = arguments.out
+    if file is None and arguments.direct is None:  # else an experiment, and no row for the record
+        file = record.path("kernels", str(about["date"]), properties.name)
 
     def save(rows: Rows) -> None:
-        if arguments.out:
-            arguments.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        if file:
+            record.add(file, about, rows, KEY)
 
     try:
         summarize(measure(arguments, save))

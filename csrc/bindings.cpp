@@ -222,6 +222,10 @@ Tensor lookup_linear(const Tensor& x, const Tensor& codes, const Tensor& books, 
   const Type type = type_of(x);
   TORCH_CHECK(books.scalar_type() == x.scalar_type(), "activations are ", x.scalar_type(),
               ", but the layer was made for ", books.scalar_type());
+  TORCH_CHECK(codes.device() == x.device(), "activations are on ", x.device().str(), ", but the layer is on ",
+              codes.device().str());
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == plan.out_features && bias->device() == x.device()),
+              "expected a bias of ", std::to_string(plan.out_features), " numbers on the device of the activations");
   const c10::cuda::CUDAGuard guard(x.device());
   auto shape = x.sizes().vec();
   shape.back() = plan.out_features;

@@ -44,6 +44,7 @@ class FakeMachine:
                 major=capabilities[index][0],
                 minor=capabilities[index][1],
                 total_memory=80 * 2**30,
+                shared_memory_per_block_optin=(227 if capabilities[index][0] in (9, 10) else 163) * 1024,
             ),
         )
 

@@ -1,10 +1,14 @@
-"""The tables that go into the documents: memory from shapes, serving from results."""
+"""The tables that go into the documents, and what is kept of measurements."""
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
-from benchmarks import memory, serving_tables
+from benchmarks import memory, record, serving_tables
+from benchmarks.limits import Limits, Work
 from benchmarks.shapes import SHAPES
 from benchmarks.synthesize import synthesize
 
@@ -45,3 +49,45 @@ def test_serving_tables():
     assert "| VPTQ v8-k256-256 | 5.2 (reference implementation) | 150 |" in lines
     assert "| Ollama q5_0 | 14.3 | |" in lines and "| float16 | | 100 |" in lines
     assert "| v8-k256-256, `stationary` | 6.0 GiB | 5,000 tokens (5.00x) |" in lines
+
+
+H200 = SimpleNamespace(
+    name="NVIDIA H200", memory_clock_rate=3201000, memory_bus_width=6144, clock_rate=1980000, multi_processor_count=132
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "nbytes", "look_ups"),
+    [
+        ((8, 65536, 0, [8192], 28672, 1), 8192 * 28672 / 4 + 2 * (65536 * 8 + 8192 + 28672), 8192 * 28672 / 8),
+        ((8, 65536, 256, [64, 16], 512, 3), 80 * 512 * 3 / 8 + 2 * (2 * 65792 * 8 + 3 * 592), 10 * 512 * 2),
+        ((12, 4096, 4096, [25], 512, 1), 3 * 512 * 3 + 2 * (8192 * 12 + 537), 3 * 512 * 2 * 2),
+        ((6, 4096, 0, [24], 512, 1), 4 * 512 * 1.5 + 2 * (4096 * 6 + 536), 4 * 512),
+    ],
+)
+def test_the_least_work_of_a_call(fields, nbytes, look_ups):
+    assert Work.of(*fields) == Work(nbytes, look_ups)
+
+
+def test_shares_of_the_limits_of_an_h200():
+    limits = Limits.of(H200)
+    assert limits.nbytes == pytest.approx(4.917e6, rel=1e-3)
+    assert limits.look_ups == pytest.approx(2.091e6, rel=1e-3)
+    # 70B down at one token: 59 MB of indices and 29 M vectors in 58 us.
+    assert limits.percent(Work.of(8, 65536, 0, [8192], 28672, 1), 57.97) == {
+        "memory_percent": 21.0,
+        "gather_percent": 24.2,
+    }
+
+
+def test_results_of_several_runs_are_kept_in_one_file(tmp_path):
+    assert record.path("kernels", "2026-11-24", "NVIDIA H100 80GB HBM3").name == "kernels-2026-11-24-h100.json"
+    file, about = tmp_path / "kernels.json", {"gpu": "NVIDIA H200"}
+    record.add(file, about, [{"tokens": 1, "us": 5.0}, {"tokens": 2, "us": 6.0}], ("tokens",))
+    record.add(file, about, [{"tokens": 2, "us": 4.0}, {"tokens": 3, "us": 7.0}], ("tokens",))
+    kept = json.loads(file.read_text())
+    assert kept == about | {"rows": [{"tokens": t, "us": us} for t, us in ((1, 5.0), (2, 4.0), (3, 7.0))]}
+
+
+def test_results_name_their_commit():
+    assert record.commit().rstrip("+").isalnum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import signal
@@ -93,6 +94,29 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
         cache.folder()
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC], ids=["another user's", "full"])
+def test_cache_that_can_be_read_alone(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root may write anywhere, the refusal is made up."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cache.tempfile, "TemporaryDirectory", refuse)
+    target = tmp_path / "library.so"
+    with pytest.raises(BuildError, match=rf"cannot write to {tmp_path} \({os.strerror(number)}\); set VLLM_VPTQ_CACHE"):
+        cache.build_once(target, lambda private: private)
+    target.touch()
+    cache.build_once(target, lambda private: private)  # what is built needs no writing
+
+
+def test_errors_of_a_build_are_its_own(tmp_path: Path) -> None:
+    def build(private: Path) -> Path:
+        return (private / "library").rename(private / "elsewhere")
+
+    with pytest.raises(FileNotFoundError):
+        cache.build_once(tmp_path / "library.so", build)
+
+
 def test_killed_builder_leaves_nothing_that_hangs(tmp_path: Path) -> None:
     target, begun = tmp_path / "library.so", fork.Event()
 
@@ -130,7 +154,8 @@ def test_extension_is_built_once(machine: FakeMachine) -> None:
 
 def test_extension_that_does_not_build_is_tried_once(machine: FakeMachine) -> None:
     machine.builder("echo kernel.cu: compiling; echo 'kernel.cu(7): error: no such thing'; echo done; exit 1")
-    outcomes = at_once(4, lambda: cuda.build(cuda.locate()))
+    extension = cuda.locate()  # here, lest a busy machine have one of them ask when the others are done
+    outcomes = at_once(4, lambda: cuda.build(extension))
     assert len(machine.builds) == 1 and len(set(outcomes)) == 1
     assert outcomes[0].startswith("BuildError: CUDA kernels do not build: kernel.cu(7): error: no such thing (all of")
     log = Path(outcomes[0].split()[-1].rstrip(")"))

@@ -52,7 +52,7 @@ def test_on_a_cpu():
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
-def test_no_kernels_is_an_error_unless_the_slow_way_is_asked_for(device, monkeypatch):
+def test_no_kernels_is_an_error_unless_the_slow_way_is_asked_for(device, monkeypatch, caplog):
     def fail() -> None:
         raise BuildError("no nvcc; install it")
 
@@ -61,7 +61,12 @@ def test_no_kernels_is_an_error_unless_the_slow_way_is_asked_for(device, monkeyp
     with pytest.raises(RuntimeError, match=rf"\Amodel\.q: .*no nvcc; install it.*{ops.ALLOW_REFERENCE}=1.*\Z"):
         choice.build("model.q", shards(), torch.float16, torch.device(device), never)
     monkeypatch.setenv(ops.ALLOW_REFERENCE, "1")
-    assert not choice._native("model.q", torch.float16)
+    choice._say_slow.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=choice.logger.name):
+        for name in ("model.q", "model.o"):
+            assert not choice._native(name, torch.float16)
+    (said,) = caplog.messages
+    assert said.endswith("no CUDA kernels: no nvcc; install it") and f"{ops.ALLOW_REFERENCE}=1" in said
 
 
 def test_float32_is_an_error_on_a_gpu(monkeypatch):
@@ -165,6 +170,18 @@ def test_cut_covers_every_row_once(units, blocks):
         assert all(lo < hi and lo % unit.grain == 0 for lo, hi in rows)
 
 
+@pytest.mark.parametrize("where", ["jobs", "decodings"])
+def test_a_layer_beyond_the_kernels_offsets_is_an_error(where):
+    part, far = work.Part(0, 0, 0, 8, 0, 0), Job(Kind.FAR, codes=1 << 31)
+    variant = work.Variant(
+        8, [work.Launch([[far if where == "jobs" else Job(Kind.FAR)]])], [work.Module(0, 8, 0, 1)], [part]
+    )
+    decodings = [work.Decoding(0, far, None, part)] if where == "decodings" else []
+    layer = work.LayerWork(True, 106496, 16384, 1024, 5, [variant], decodings, [])
+    with pytest.raises(RuntimeError, match=r"106496 x 16384 .*VLLM_VPTQ_LAYOUT=compact"):
+        layer.encode(CPU)
+
+
 def test_cut_is_balanced():
     jobs = work.cut([Unit(Job(Kind.BYTES), rows=1000, grain=1, cost=10.0, fill=100.0)], 100)
     assert len(jobs) == 100
@@ -204,6 +221,17 @@ def test_a_layer_on_a_gpu_is_one_node_of_a_graph(calls):
     nodes = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert nodes[0] is torch.ops.vllm_vptq.lookup_linear.default or str(nodes[0]).startswith("vllm_vptq.lookup_linear")
     assert calls == [tuple(made.plan)] * 3
+
+
+@pytest.mark.parametrize("shape", [(96,), (0, 96), (5, 96), (2, 3, 96)], ids=str)
+def test_opcheck_of_the_gpus_op(shape, calls):
+    """Its schema and its fake; the real one is checked on a GPU."""
+    made = streams.build(compact.build(shards(), torch.float16, CPU), 96, 132, 16)
+    *tensors, jobs = made.tensors().values()
+    for bias in (None, torch.zeros(40, dtype=torch.float16)):
+        arguments = (torch.zeros(shape, dtype=torch.float16), *tensors, bias, jobs, made.plan)
+        torch.library.opcheck(torch.ops.vllm_vptq.lookup_linear.default, arguments)
+    assert calls
 
 
 def test_jobs_of_the_compact_layout_cover_the_layer():

@@ -152,6 +152,13 @@ def test_a_token_does_not_depend_on_those_beside_it(name, dtype, isa):
         assert torch.equal(layer(x[:count])[:40], alone[:count])
 
 
+def test_as_many_tokens_as_there_may_be(isa):
+    layer, x = Layer(LayerSpec(40, 24, 8, 2, 65536), torch.bfloat16), tokens(65536, 40, dtype=torch.bfloat16)
+    y = layer(x)
+    check(layer, x, y)
+    assert torch.equal(y[-3:], layer(x[-3:]))
+
+
 @pytest.mark.parametrize("count", [1, 3, 40])
 @pytest.mark.parametrize("name", SPECS)
 def test_threads_do_not_change_a_bit(name, count, isa):

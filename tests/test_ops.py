@@ -121,6 +121,23 @@ def test_strided_input():
         torch.testing.assert_close(layer(x), layer(x.contiguous()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # native, in torch
+@pytest.mark.parametrize("width", [0, K - 8, K + 8])
+def test_x_of_another_width_is_refused(width, dtype):
+    layer = Layer([GROUPS], dtype)
+    with pytest.raises(RuntimeError, match=rf"expected {K} input features, got x of shape \[3, {width}\]"):
+        layer(tokens(3, width, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(32,), (1,), (1, 33), (34,)])
+def test_a_bias_of_another_shape_is_refused(shape, dtype):
+    layer = Layer([GROUPS], dtype)
+    layer.bias = torch.zeros(shape, dtype=dtype)
+    with pytest.raises(RuntimeError, match="expected a bias of 33 numbers"):
+        layer(tokens(3, K, dtype=dtype))
+
+
 def test_without_bias():
     layer, x = Layer(LAYERS["fused"], torch.float32, bias=False), tokens(3, K)
     torch.testing.assert_close(layer(x).double(), layer.exact(x), rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_vptq.build import BuildError, cpu_library
 from vllm_vptq.layouts.plan import decode
-from vllm_vptq.reference import out_features
+from vllm_vptq.reference import check_shapes, in_features, out_features
 
 INSTRUCTION_SET = "VLLM_VPTQ_CPU_ISA"
 """Environment variable: one of INSTRUCTION_SETS, to use less than the processor has."""
@@ -35,7 +35,8 @@ def linear(
     plan: Sequence[int],
 ) -> Tensor:
     """The arguments and the result of ``ops.linear``, where :func:`available` and :func:`supports` say so."""
-    numbers, rows = _prepared(tuple(plan))
+    numbers, inputs, rows = _prepared(tuple(plan))
+    check_shapes(x, bias, inputs, rows)
     x = x.contiguous()
     if bias is not None:
         bias = bias.contiguous()
@@ -111,6 +112,7 @@ def _library() -> ctypes.CDLL:
 
 
 @lru_cache(maxsize=4096)
-def _prepared(plan: tuple[int, ...]) -> tuple[ctypes.Array[ctypes.c_int64], int]:
-    """A plan as C takes it, and the width of its output."""
-    return (ctypes.c_int64 * len(plan))(*plan), out_features(decode(plan))
+def _prepared(plan: tuple[int, ...]) -> tuple[ctypes.Array[ctypes.c_int64], int | None, int]:
+    """A plan as C takes it, and the widths of its input, if it says, and of its output."""
+    modules = decode(plan)
+    return (ctypes.c_int64 * len(plan))(*plan), in_features(modules), out_features(modules)

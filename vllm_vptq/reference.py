@@ -27,6 +27,7 @@ def linear(
 ) -> Tensor:
     """The arguments and the result of ``ops.linear``."""
     modules = decode(plan)
+    check_shapes(x, bias, in_features(modules), out_features(modules))
     # float32 throughout: norm's two terms cancel, and a residual sum is not exact in 16 bits.
     tokens = x.reshape(-1, x.shape[-1]).to(_wide(x.dtype))
     out = tokens.new_zeros(tokens.shape[0], out_features(modules))
@@ -103,6 +104,19 @@ def _norm(
 def out_features(modules: Sequence[ModulePlan]) -> int:
     """Of a whole layer."""
     return modules[-1].out_start + modules[-1].out_features
+
+
+def in_features(modules: Sequence[ModulePlan]) -> int | None:
+    """Of a whole layer: the columns of a quantized module's segments; None if there is no such module."""
+    return next((sum(s.num_columns for s in module.segments) for module in modules if module.segments), None)
+
+
+def check_shapes(x: Tensor, bias: Tensor | None, columns: int | None, rows: int) -> None:
+    """RuntimeError unless x is ``[..., columns]`` and the bias ``[rows]``, which native kernels take for granted."""
+    if x.ndim < 1 or (columns is not None and x.shape[-1] != columns):
+        raise RuntimeError(f"expected {columns} input features, got x of shape {list(x.shape)}")
+    if bias is not None and bias.shape != (rows,):
+        raise RuntimeError(f"expected a bias of {rows} numbers, got shape {list(bias.shape)}")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -16,6 +17,9 @@ from pathlib import Path
 from vllm_vptq.build.errors import BuildError
 
 CACHE = "VLLM_VPTQ_CACHE"
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Say, in a cache that another user made, or on a full disk."""
 
 # A child of vLLM's logger: its level and handler apply without importing vLLM.
 logger = logging.getLogger("vllm.vptq")
@@ -61,6 +65,17 @@ def build_once(target: Path, build: Callable[[Path], Path]) -> None:
     """
     if target.exists():
         return
+    try:
+        _build_once(target, build)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise BuildError(
+            f"cannot write to {target.parent} ({error.strerror}); set {CACHE} to a writable folder with room"
+        ) from error
+
+
+def _build_once(target: Path, build: Callable[[Path], Path]) -> None:
     asked = time.time()
     failure = target.with_suffix(".error")
     with _locked(target.with_suffix(".lock")):

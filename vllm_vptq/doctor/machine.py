@@ -11,8 +11,9 @@ from pathlib import Path
 
 from vllm_vptq.build import BuildError, cpu
 from vllm_vptq.build.cuda import ninja_folder
-from vllm_vptq.build.toolkit import Capability, find_toolkit, fitting_toolkit
+from vllm_vptq.build.toolkit import OLDEST, Capability, find_toolkit, fitting_toolkit
 from vllm_vptq.doctor.fact import Fact
+from vllm_vptq.layouts import choice, memory
 
 # Those that a kernel here or a library below it makes use of; a processor lists a hundred.
 _INSTRUCTIONS = (
@@ -31,11 +32,12 @@ _INSTRUCTIONS = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU, and how many of it there are."""
+    """A kind of GPU, the layouts of weights that it has kernels for, and how many of it there are."""
 
     name: str
     capability: Capability
     memory: int
+    layouts: tuple[str, ...]
     count: int
 
     def __str__(self) -> str:
@@ -63,7 +65,9 @@ def gpus() -> tuple[Gpu, ...]:
     if not torch.cuda.is_available():
         return ()
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    kinds = Counter((each.name, (each.major, each.minor), each.total_memory) for each in properties)
+    kinds = Counter(
+        (each.name, (each.major, each.minor), each.total_memory, choice.available_with(each)) for each in properties
+    )
     return tuple(Gpu(*kind, count) for kind, count in kinds.items())
 
 
@@ -72,7 +76,7 @@ def gpu_facts(seen: tuple[Gpu, ...]) -> list[Fact]:
     import torch
 
     smi = nvidia_smi()
-    facts = [Fact("GPU", str(gpu), True) for gpu in seen]
+    facts = [fact for gpu in seen for fact in (Fact("GPU", str(gpu), True), _layouts_fact(gpu))]
     if not seen and not smi:
         facts.append(Fact("GPU", "none"))
     elif not seen:
@@ -85,6 +89,17 @@ def gpu_facts(seen: tuple[Gpu, ...]) -> list[Fact]:
     if smi:
         facts.append(Fact("driver", smi[0][1]))
     return facts
+
+
+def _layouts_fact(gpu: Gpu) -> Fact:
+    """Which kernels a GPU gets, by the layouts they read."""
+    if gpu.capability < OLDEST:
+        return Fact("layouts", "none")
+    value = ", ".join(gpu.layouts)
+    if gpu.layouts == (memory.COMPACT,):
+        kib = choice.SHARED_BYTES // 1024
+        value += f" alone, which saves memory and is slower than dense weights: others need {kib} KiB of shared memory"
+    return Fact("layouts", value)
 
 
 def toolkit_fact(torch_cuda: str | None) -> Fact:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError, cuda_extension
+from vllm_vptq.build.toolkit import HOPPER
 from vllm_vptq.layouts import compact, memory, stationary, streams
+from vllm_vptq.layouts.conditioned import condition
 from vllm_vptq.layouts.memory import ALIGNED, COMPACT, STATIONARY
 from vllm_vptq.parameters import ModuleShard
 
@@ -61,6 +63,7 @@ def build(
 
     RuntimeError with the remedy if only a slow way would be left that nobody asked for.
     """
+    shards = condition(shards, dtype)
     if device.type == "cpu" or not _native(name, dtype):
         return _of(COMPACT, ops.linear, compact.build(shards, dtype, device), shards)
     kind = choose()
@@ -90,9 +93,14 @@ def lay_out(
 
 def available(device: torch.device) -> tuple[str, ...]:
     """The layouts that a GPU has kernels for."""
-    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED_BYTES:
+    return available_with(torch.cuda.get_device_properties(device))
+
+
+def available_with(properties: Any) -> tuple[str, ...]:
+    """Those of a GPU with these ``torch.cuda.get_device_properties``."""
+    if properties.shared_memory_per_block_optin < SHARED_BYTES:
         return (COMPACT,)
-    return memory.LAYOUTS if stationary.Gpu.of(device).tensor_groups else (COMPACT, STATIONARY)
+    return memory.LAYOUTS if (properties.major, properties.minor) == HOPPER else (COMPACT, STATIONARY)
 
 
 def _of(
@@ -200,6 +208,11 @@ def _crossovers() -> dict[str, dict[str, int]]:
     return dict(json.loads(resources.files("vllm_vptq.layouts").joinpath("crossovers.json").read_text()))
 
 
+@cache
+def _say_slow(problem: str) -> None:
+    logger.warning("VPTQ layers run in torch, slowly, as %s=1 allows: %s", ops.ALLOW_REFERENCE, problem)
+
+
 def _native(name: str, dtype: torch.dtype) -> bool:
     """Whether the CUDA kernels serve; False only where the user asked for the torch implementation by name."""
     problem = None
@@ -213,5 +226,6 @@ def _native(name: str, dtype: torch.dtype) -> bool:
     if problem is None:
         return True
     if os.environ.get(ops.ALLOW_REFERENCE) == "1":
+        _say_slow(problem)
         return False
     raise RuntimeError(f"{name}: {problem} (or set {ops.ALLOW_REFERENCE}=1 to run the slow torch implementation)")

@@ -7,8 +7,9 @@ plan, an ``int[]`` argument of the op, says where in it things lie and holds wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Record:
 
     def numbers(self) -> list[int]:
         """The fields in their order."""
-        return list(astuple(self))
+        return list(vars(self).values())  # astuple copies deeply: most of the time that a layer's plan took
 
 
 @dataclass
@@ -214,7 +215,7 @@ class LayerWork:
     dense: list[tuple[int, int, int]]
 
     def encode(self, device: torch.device) -> tuple[Tensor, list[int]]:
-        """The tensor ``work`` and the plan."""
+        """The tensor ``work`` and the plan; RuntimeError if offsets do not fit the 32 bits that kernels have."""
         words: list[int] = []
 
         def store(records: Sequence[Record]) -> int:
@@ -238,7 +239,13 @@ class LayerWork:
                     words.append(words[-1] + len(thread_block))
                 plan += [launch.wide, jobs, starts, len(launch.jobs)]
             plan += [len(parts), *(n for record in (*v.modules, *parts) for n in record.numbers())]
-        plan += [len(self.decodings), *(n for decoding in self.decodings for n in decoding.numbers())]
+        decodings = [n for decoding in self.decodings for n in decoding.numbers()]
+        if max(max(words), max(decodings, default=0)) >= 1 << 31:
+            raise RuntimeError(
+                f"a layer of {self.out_features} x {self.in_features} has more codes in this layout than kernels can "
+                "address; set VLLM_VPTQ_LAYOUT=compact, or split it among more GPUs (--tensor-parallel-size)"
+            )
+        plan += [len(self.decodings), *decodings]
         plan += [len(self.dense), *(n for entry in self.dense for n in entry)]
         return torch.tensor(words, dtype=torch.int32).to(device), plan
 
@@ -298,8 +305,17 @@ def divide(units: Sequence[Unit], thread_blocks: int) -> list[Pieces]:
 
     More are used only when there is no other way. The order is kept, so that neighbours share what they hold.
     """
+    return _divide(tuple((u.rows, u.grain, u.cost, u.fill, u.tile, u.held) for u in units), thread_blocks)
+
+
+Costs = tuple[tuple[int, int, float, float, float, int | None], ...]
+"""Rows, grain, cost, fill, tile and held of each unit."""
+
+
+@lru_cache(maxsize=512)  # the layers of a model are alike
+def _divide(units: Costs, thread_blocks: int) -> list[Pieces]:
     # A little more than everything, lest rounding leave a row over.
-    low, high = 0.0, 1.001 * sum(u.fill + u.tile + u.cost * -(-u.rows // u.grain) for u in units)
+    low, high = 0.0, 1.001 * sum(fill + tile + cost * -(-rows // grain) for rows, grain, cost, fill, tile, _ in units)
     for _ in range(24):
         middle = (low + high) / 2
         if len(_fill_blocks(units, middle)) <= thread_blocks:
@@ -309,25 +325,25 @@ def divide(units: Sequence[Unit], thread_blocks: int) -> list[Pieces]:
     return _fill_blocks(units, high)
 
 
-def _fill_blocks(units: Sequence[Unit], budget: float) -> list[Pieces]:
+def _fill_blocks(units: Costs, budget: float) -> list[Pieces]:
     """Thread blocks as lists of (unit, first row, last row), each within the budget if one grain is."""
     done: list[Pieces] = []
     block: Pieces = []
     left, held = budget, None
-    for u, unit in enumerate(units):
+    for u, (rows, grain, cost, fill, tile, holds) in enumerate(units):
         row = 0
-        while row < unit.rows:
-            setup = unit.tile + (0 if block and unit.held is not None and unit.held == held else unit.fill)
-            grains = int((left - setup) / unit.cost)
+        while row < rows:
+            setup = tile + (0 if block and holds is not None and holds == held else fill)
+            grains = int((left - setup) / cost)
             if grains < 1 and block:
                 done.append(block)
                 block, left, held = [], budget, None
                 continue
-            grains = max(1, min(grains, -(-(unit.rows - row) // unit.grain)))
-            end = min(unit.rows, row + grains * unit.grain)
+            grains = max(1, min(grains, -(-(rows - row) // grain)))
+            end = min(rows, row + grains * grain)
             block.append((u, row, end))
-            left -= setup + grains * unit.cost
-            row, held = end, unit.held
+            left -= setup + grains * cost
+            row, held = end, holds
     if block:
         done.append(block)
     return done
