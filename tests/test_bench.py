@@ -149,6 +149,11 @@ def test_the_job_reaches_the_worker(fake_worker, folders, tmp_path):
             "echo '(pid=1) ERROR VPTQFormatError: x: no book\nRuntimeError: see above' >&2",
             "VPTQFormatError: x: no book",
         ),
+        (
+            "echo 'a.ValidationError: 1 validation error for Config\n  Value error, 9 is more than 8.5 (x.y). Do so. "
+            "[type=value_error, input=1]' >&2",
+            r"a.ValidationError: 1 validation error for Config: 9 is more than 8.5 \(x.y\)",
+        ),
         ("echo killed by something >&2; exit 137", "killed by something"),
         ("exit 3", "ended without a word"),
     ],
