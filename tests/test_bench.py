@@ -258,7 +258,10 @@ def test_a_file_is_continued(folders, tmp_path):
     ("change", "words"),
     [
         (lambda old: old | {"gpu": "NVIDIA H100"}, "was measured with another gpu (NVIDIA H100); choose another --out"),
-        (lambda old: old | {"settings": {}}, "was measured with another settings"),
+        (
+            lambda old: old | {"settings": old["settings"] | {"steps": 7, "repeats": 9}},
+            "was measured with other settings (steps 7, repeats 9); choose another --out",
+        ),
         (lambda old: old | {"versions": {"vllm": "0.2"}}, "was measured with vllm 0.2, not 0.1; choose another --out"),
         (lambda old: old | {"versions": {"vllm_vptq": "0.0"}}, "was measured with vllm_vptq 0.0, not 0"),
         (lambda old: {"rows": []}, "is no result file of this command"),
