@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from benchmarks import memory, serving_tables
 from benchmarks.shapes import SHAPES
 from benchmarks.synthesize import synthesize
+from tests.tiny import ROOT
 
 
 @pytest.mark.parametrize("format_name", ["v8-k256-256", "v6-k4096-0", "v12-k4096-4096", "v8-k65536-0"])
@@ -42,6 +46,25 @@ MODEL = {"model": "m", "shape": "48 layers of 5120", "format": "float16", "kind"
          "layout": None, "tp": 1, "weight_gib": 27.5, "load_s": 1.0, "first_token_ms": 50.0}  # fmt: skip
 CODED = MODEL | {"model": "v", "format": "v8-k256-256", "kind": "vptq", "layout": "stationary", "weight_gib": 6.0,
                  "load_s": 11.6, "first_token_ms": 60.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/serving.md"])
+def test_documents_give_the_figures_of_the_results_they_link(document):
+    text = (ROOT / document).read_text()
+    name = re.search(r"results/(serving-[\w-]+\.json)", text)[1]
+    results = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    rows = [
+        row for row in results["rows"]
+        if (row["shape"], row["dtype"], row["tp"]) == ("32 layers of 4096", "float16", 1)
+        and row["layout"] in (None, "stationary") and row["batch"] in (1, 8, 32, 64)
+    ]  # fmt: skip
+    assert rows
+    dense = {row["batch"]: row["tokens_per_s"] for row in rows if row["kind"] == "dense"}
+    for row in rows:
+        words = f"{row['tokens_per_s']:,.0f}"
+        if row["kind"] != "dense":
+            words += f" ({row['tokens_per_s'] / dense[row['batch']]:.2f}x)"
+        assert words in text, (row["format"], row["batch"], words)
 
 
 def test_serving_tables():

@@ -112,7 +112,7 @@ class Results:
             self.rooms = before.get("rooms", [])
             own, self.head["versions"] = self.head["versions"], before["versions"]
             self._check_versions(own)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BenchError(f"{self.path} is no result file of this command; choose another --out") from error
 
     def _check_versions(self, found: Mapping[str, str]) -> None:
