@@ -1,7 +1,7 @@
 """What known models take in GPU memory by format and layout, from their shapes: ``python -m benchmarks.memory``.
 
 The sum of what ``layouts/memory.py`` says of each layer (``auto`` decides by it; tests hold it against what packing
-makes), norms, and 16-bit embeddings and head. No KV cache, no activations.
+makes), norms, and 16-bit embeddings and head. No activations. And the KV cache that 24 GB have room for beside a model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ MODELS = ("Llama-3.1-8B", "Qwen2.5-14B", "Llama-3.1-70B", "Qwen2.5-72B", "Mistra
 FORMATS = (
     "v8-k256-256", "v6-k4096", "v12-k4096-4096", "v8-k65536", "v8-k65536-256", "v16-k65536-65536", "v8-k65536-65536"
 )  # fmt: skip
+CARD_GB = 24.0
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
 """Modules that vLLM makes one layer of."""
 
@@ -71,9 +72,34 @@ def table(models: list[str]) -> str:
     return "\n".join(lines)
 
 
+def room(shape: Shape, nbytes: int, card_gb: float) -> int:
+    """Tokens of a 16-bit KV cache beside ``nbytes`` of weights in vLLM's usual 0.9 of a card, less no activations."""
+    token = 2 * 2 * shape.layers * shape.kv_heads * shape.head_size
+    return max(0, int((0.9 * card_gb * 1e9 - nbytes) / token))
+
+
+def rooms(model: str, card_gb: float) -> str:
+    """In Markdown: the KV cache that a card has room for beside the weights of a model."""
+    shape = SHAPES[model]
+    sizes = rivals(shape)
+    for name in FORMATS:
+        by_layout = weights(shape, name)
+        # Layouts of the same size are one row.
+        for size in sorted(set(by_layout.values())):
+            sizes[f"{name}, {' or '.join(n for n in LAYOUTS if by_layout[n] == size)}"] = size
+    dense = room(shape, sizes["16 bits"], card_gb)
+    lines = [f"| {model}, {card_gb:g} GB card | weights | tokens in the KV cache |", "|---|---|---|"]
+    for name, size in sizes.items():
+        tokens = room(shape, size, card_gb)
+        ratio = f" ({tokens / dense:.1f}x)" if dense and name != "16 bits" else ""
+        lines.append(f"| {name} | {size / 2**30:.1f} GiB | {tokens:,}{ratio} |")
+    return "\n".join(lines)
+
+
 def main(models: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SHAPES)}.")] = None) -> None:
-    """Prints GiB of weights: compact / aligned / stationary."""
-    print(table(models or list(MODELS)))
+    """Prints GiB of weights: compact / aligned / stationary; and room for the KV cache of the first model."""
+    models = models or list(MODELS)
+    print(table(models), rooms(models[0], CARD_GB), sep="\n\n")
 
 
 if __name__ == "__main__":

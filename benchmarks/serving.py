@@ -98,6 +98,7 @@ def plan() -> list[Entry]:
         Entry("70b", "v8-k65536-0", 20.5, (1, 8), "aligned"),
         Entry("70b", "v8-k65536-0", 20.5, (1,), "compact"),
         Entry("70b", "v8-k65536-0", 27.5, (1, 8, 32), "stationary", tp=2),
+        Entry("70b", "v8-k65536-0", 14.0, (1, 8, 32), "stationary", tp=4),
         Entry("14b", DENSE, 27.5, (1, 8)),
         Entry("14b", W4A16, 9.5, (1, 8)),
         *(Entry("14b", name, gib, (1, 8), "stationary") for name, gib in (qwen | {"v8-k65536-0": 13.0}).items()),

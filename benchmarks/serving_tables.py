@@ -15,9 +15,10 @@ PUBLISHED = {
     "v16-k65536-65536": 2.02,
     "v8-k65536-0": 3.77,
 }
-"""Tokens/s of Qwen2.5-14B on an A2 with the reference implementation: https://github.com/microsoft/VPTQ/issues/86"""
+"""Tokens/s of Qwen2.5 on an A2 with the reference implementation: https://github.com/microsoft/VPTQ/issues/86"""
 OLLAMA = {"q6_K": 10.06, "q5_0": 14.30}
 """The same model on the same A2 with Ollama, there too."""
+MISSING = "not measured yet"
 SHAPES = {
     "32 layers of 4096": "Llama-3.1-8B",
     "48 layers of 5120": "Qwen2.5-14B",
@@ -63,9 +64,9 @@ def published(results: dict[str, Any]) -> str:
     gpu = results["gpu"] or "here"
     ours = {r["format"]: r["tokens_per_s"] for r in results["rows"] if r["shape"].startswith("48 ") and r["batch"] == 1}
     lines = [f"| Qwen2.5-14B, tokens/s, one sequence | A2, as published | {gpu}, here |", "|---|---|---|"]
-    lines += [f"| Ollama {name} | {value:.1f} | |" for name, value in OLLAMA.items()]
+    lines += [f"| Ollama (llama.cpp) {name} | {value:.1f} | |" for name, value in OLLAMA.items()]
     for name, value in PUBLISHED.items():
-        own = f"{ours[name]:.0f}" if name in ours else ""
+        own = f"{ours[name]:.0f}" if name in ours else MISSING
         lines.append(f"| VPTQ {name} | {value:.1f} (reference implementation) | {own} |")
     rest = {name: value for name, value in ours.items() if name not in PUBLISHED}
     return "\n".join([*lines, *(f"| {name} | | {value:.0f} |" for name, value in rest.items())])

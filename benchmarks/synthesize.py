@@ -7,6 +7,7 @@ The rivals of a comparison are written too, as configurations for vLLM's ``load_
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -37,6 +38,8 @@ SHARD_BYTES = 1 << 30
 THREADS = min(os.cpu_count() or 1, 16)
 DENSE_STD = 0.02
 """Of embeddings, head and biases."""
+OUTLIER_VECTOR, OUTLIER_CENTROIDS = 4, 4096
+"""Of the book for outlier columns."""
 NORM_DEVIATIONS = 4.0
 """A norm maps a weight column from this many standard deviations either side of zero to [0, 1]."""
 
@@ -48,6 +51,8 @@ def synthesize(
     *,
     perm: bool = False,
     norm: bool = True,
+    groups: int = 1,
+    outliers: float = 0.0,
     layers: int | None = None,
     dtype: str = "float16",
     seed: int = 0,
@@ -56,8 +61,10 @@ def synthesize(
     """Writes the checkpoint of ``model`` (a key of SHAPES) in ``format_name`` to ``out``, which must be new or empty.
 
     ``format_name`` is ``vV-kK-R``, or ``dense`` or ``w4a16`` for a configuration without weights. ``perm`` and ``norm``
-    store columns permuted and scaled. ``layers`` cuts the depth. ``dtype``, of books and dense tensors, is ``float16``
-    or ``bfloat16``. Equal arguments give equal files. Returns ``out``; VPTQFormatError for an argument it cannot use.
+    store columns permuted and scaled; ``groups`` have a book each, and ``outliers`` percent of the columns one of their
+    own, as checkpoints of research have them. ``layers`` cuts the depth. ``dtype``, of books and dense tensors, is
+    ``float16`` or ``bfloat16``. Equal arguments give equal files. Returns ``out``; VPTQFormatError for an argument it
+    cannot use.
     """
     if model not in SHAPES:
         raise VPTQFormatError(f"model {model}", f"expected one of {', '.join(SHAPES)}")
@@ -71,7 +78,7 @@ def synthesize(
     if format_name == W4A16:
         config["quantization_config"] = _w4a16_section()
     elif format_name != DENSE:
-        specs = _specs(shape, format_name, perm, norm)
+        specs = _specs(shape, format_name, perm, norm, groups, outliers)
         # Generation F1 of the configuration, the one of the public Llama-3.1 checkpoints.
         section = {name: spec.to_config() for name, spec in specs.items()}
         config["quantization_config"] = {"quant_method": "vptq", "config_for_layers": section}
@@ -83,12 +90,23 @@ def synthesize(
     return out
 
 
-def _specs(shape: Shape, format_name: str, perm: bool, norm: bool) -> dict[str, LayerSpec]:
+def _specs(
+    shape: Shape, format_name: str, perm: bool, norm: bool, groups: int, outliers: float
+) -> dict[str, LayerSpec]:
     v, k, r = parse_format(format_name)
+    book = (OUTLIER_VECTOR, OUTLIER_CENTROIDS) if outliers else (0, 0)
+
+    def spec(outputs: int, inputs: int) -> LayerSpec:
+        count = math.ceil(inputs * outliers / 100)
+        if count:
+            count += (inputs - count) % groups  # as the reference does it, so that the groups are of one size
+        made = LayerSpec(None, None, v, k, r, groups, count, *book, enable_perm=perm, enable_norm=norm)
+        return made.with_shape(outputs, inputs, f"{format_name} in {groups} groups")
+
     return {
-        f"model.layers.{layer}.{name}": LayerSpec(inputs, outputs, v, k, r, enable_perm=perm, enable_norm=norm)
+        f"model.layers.{layer}.{name}": spec(*sizes)
         for layer in range(shape.layers)
-        for name, (outputs, inputs) in shape.linears().items()
+        for name, sizes in shape.linears().items()
     }
 
 
@@ -143,6 +161,11 @@ def module_tensors(spec: LayerSpec, dtype: torch.dtype, gen: np.random.Generator
         tensors |= {"weight_scale": (2 * reach).to(dtype), "weight_bias": (-reach).to(dtype)}
     if spec.enable_perm:
         tensors["perm"] = torch.from_numpy(gen.permutation(inputs).astype(np.uint16).view(np.int16))
+    if spec.outlier_size:
+        book = _normal(shapes["outlier_centroids.weight"], unit, dtype, gen)
+        tensors["outlier_centroids.weight"] = book.add_(0.5) if spec.enable_norm else book
+        chosen = gen.integers(0, spec.num_outlier_centroids, shapes["outlier_indices"])
+        tensors["outlier_indices"] = torch.from_numpy(chosen.astype(np.uint16).view(np.int16))
     return tensors
 
 
@@ -168,7 +191,7 @@ class _Part:
 
 def _parts(shape: Shape, specs: dict[str, LayerSpec], dtype: torch.dtype, seed: int) -> list[_Part]:
     """All of a checkpoint, in order."""
-    widths = {"indices": 4, "perm": 2}
+    widths = {"indices": 4, "outlier_indices": 2, "perm": 2}
     ones = torch.ones(shape.hidden, dtype=dtype)
 
     def dense(name: str, *sizes: int) -> dict[str, Tensor]:
@@ -282,6 +305,8 @@ def main(
     ] = "v8-k65536-0",
     perm: Annotated[bool, typer.Option("--perm", help="Store columns permuted, as older public files do.")] = False,
     norm: Annotated[bool, typer.Option(help="Scale and shift every input column, as public files do.")] = True,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of columns with a book each.")] = 1,
+    outliers: Annotated[float, typer.Option(min=0, max=50, help="Percent of columns with a book of their own.")] = 0,
     layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to this many layers.")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
@@ -298,7 +323,10 @@ def main(
         python -m benchmarks.synthesize Llama-3.1-8B llama-dense --format dense
     """
     try:
-        synthesize(out, model, format_name, perm=perm, norm=norm, layers=layers, dtype=dtype, seed=seed)
+        synthesize(
+            out, model, format_name, perm=perm, norm=norm, groups=groups, outliers=outliers, layers=layers, dtype=dtype,
+            seed=seed,
+        )  # fmt: skip
     except (VPTQFormatError, OSError) as error:
         Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

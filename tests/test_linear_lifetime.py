@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import OffloadConfig, VllmConfig, set_current_vllm_config
+from vllm.config import LoadConfig, OffloadConfig, VllmConfig, set_current_vllm_config
 from vllm.config.offload import PrefetchOffloadConfig, UVAOffloadConfig
 from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor.layers.linear import (
@@ -208,6 +208,30 @@ def test_cpu_offload_is_refused(rank, option, offload):
     """vLLM would move the empty placeholders, and serve a model as large as before."""
     with set_current_vllm_config(VllmConfig(offload_config=offload)), refusal(option, name="l.qkv_proj"):
         qkv_layer()
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "sharded_state", "tensorizer", "runai_streamer_sharded"])
+def test_loaders_that_fill_parameters_themselves_are_refused(rank, load_format):
+    """They would find empty placeholders."""
+    config = VllmConfig(load_config=LoadConfig(load_format=load_format))
+    with set_current_vllm_config(config), refusal(f"--load-format {load_format}", name="l.qkv_proj"):
+        qkv_layer()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_is_shown_while_layers_are_laid_out(rank, shown, capsys):
+    config = make_config(*qkv_modules(0), packed={"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
+    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(use_tqdm_on_load=shown))):
+        layers = [
+            QKVParallelLinear(K, 5, 4, 2, params_dtype=torch.float32, quant_config=config, prefix="l.qkv_proj")
+            for _ in range(3)
+        ]
+    for layer in layers:
+        load(layer, qkv_modules(0), IDS)
+        finish(layer)
+        pickle.dumps(config)
+    said = capsys.readouterr().err
+    assert ("Laying out VPTQ layers: 100%" in said and "3/3" in said) == shown, said
 
 
 def compile_key(seed: int = 0, prefix: str = "l.qkv_proj", spec: LayerSpec = KEY) -> str:

@@ -31,11 +31,13 @@ def test_the_plan_compares_with_16_and_4_bits_of_the_same_shape():
     for model in ("8b", "14b", "70b"):
         formats = {entry.format for entry in entries if entry.model == model}
         assert {"dense", "w4a16"} < formats
+    alike = [entry for entry in entries if (entry.model, entry.format) == ("70b", "v8-k65536-0")]
+    assert {1, 2, 4} == {entry.tp for entry in alike if entry.layout == "stationary" and 1 in entry.batches}
     goals = {"v8-k65536-0", "v8-k256-256", "v12-k4096-4096", "v8-k65536-256"}
     assert goals <= {entry.format for entry in entries if entry.model == "8b" and {1, 8, 32, 64} <= {*entry.batches}}
 
 
-@pytest.mark.parametrize("cards", [1, 2])
+@pytest.mark.parametrize("cards", [1, 2, 4])
 @pytest.mark.parametrize("per_card", [1, 4])
 def test_engines_at_a_time_fit_their_cards(cards, per_card):
     entries = [entry for entry in plan() if entry.tp <= cards]

@@ -56,6 +56,23 @@ def test_every_public_format_is_valid_and_well_conditioned(tmp_path, format_name
     assert y.isfinite().all() and 0.5 < y.float().std() < 2
 
 
+@pytest.mark.parametrize("perm", [False, True], ids=["natural", "perm"])
+@pytest.mark.parametrize("format_name", ["v6-k4096", "v12-k4096-4096"])
+@pytest.mark.parametrize(("groups", "outliers", "columns"), [(4, 0, (0, 128)), (8, 1.5, (8, 63)), (1, 2, (11, 501))])
+def test_groups_and_outliers_of_research(tmp_path, format_name, perm, groups, outliers, columns):
+    folder = synthesize(tmp_path / "out", "tiny", format_name, perm=perm, groups=groups, outliers=outliers, layers=1)
+    found = modules(folder)
+    for name, (spec, tensors) in found.items():
+        validate(name, tensors, spec)
+        assert (spec.group_num, spec.outlier_vector_len) == (groups, 4 if outliers else 0)
+    spec, tensors = found["model.layers.0.mlp.down_proj"]
+    assert (spec.outlier_size, spec.group_size) == columns
+    weight = dequantize(tensors, spec)
+    assert weight.std().item() == pytest.approx(512**-0.5, rel=0.1)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert size == pytest.approx(sum(t.nbytes for t in read(folder).values()), rel=0.02)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_loads_as_a_layer_of_vllm(rank, tmp_path, norm, dtype):
@@ -182,6 +199,7 @@ def test_sizes_are_those_the_models_are_known_for(layers, weights, name):
         (["tiny", "out", "--format", "v8-k1000"], r"num_centroids 1000, expected a power of two"),
         (["tiny", "out", "--format", "v17-k16"], r"length 17, expected 2 to 16"),
         (["tiny", "out", "--dtype", "float8"], r"dtype float8: expected float16 or bfloat16"),
+        (["tiny", "out", "--groups", "3"], r"256 columns less 0 outliers do not divide into 3 groups"),
         (["tiny", "."], r"exists and is not empty; choose another directory"),
     ],
 )

@@ -106,6 +106,13 @@ def cpu_offload_option() -> str | None:
     return "--cpu-offload-gb" if offload.uva.cpu_offload_gb > 0 else None
 
 
+def foreign_load_format() -> str | None:
+    """vLLM's load format if it fills a layer's parameters itself; None if tensors come through our loaders."""
+    load = getattr(current_config(), "load_config", None)
+    foreign = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")
+    return load.load_format if load is not None and load.load_format in foreign else None
+
+
 def batch_invariant_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
     """In vLLM's batch-invariant mode, its product of a dense linear layer on GPUs; None otherwise."""
     from vllm import envs

@@ -57,6 +57,11 @@ class VPTQLinearMethod(LinearMethodBase):
             raise VPTQFormatError(
                 self.prefix, f"vptq does not support {option}: weights stay on the GPU; leave it out, or use more GPUs"
             )
+        if load_format := compat.foreign_load_format():
+            raise VPTQFormatError(
+                self.prefix, f"vptq does not support --load-format {load_format}: layers are made from a checkpoint's "
+                "own tensors; leave it out (benchmarks/synthesize.py writes checkpoints with random weights)"
+            )  # fmt: skip
         sources = find_sources(layer, self.prefix, self.modules, input_size_per_partition, output_partition_sizes)
         device = torch.get_default_device()
         layer.vptq_dtype = params_dtype
@@ -65,6 +70,7 @@ class VPTQLinearMethod(LinearMethodBase):
         config = layer.vptq_config = compat.current_config()
         if config is not None:
             self.layers.memory_share = config.cache_config.gpu_memory_utilization
+            self.layers.progress = config.load_config.use_tqdm_on_load
         self.layers.expect(self.prefix, intake.loaded)
         for tensor in sorted(intake.tensor_names()):
             _add_placeholder(layer, tensor, _loader(self.prefix, intake, tensor), params_dtype)

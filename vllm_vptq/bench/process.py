@@ -20,6 +20,7 @@ from vllm_vptq.bench import worker
 from vllm_vptq.bench.settings import BenchError, Contestant, Settings
 
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception): .+)$")
+_INVALID = re.compile(r"Value error, (.+?)(?:\. [A-Z]| \[type=|$)")
 _LOADED = re.compile(r"Model loading took .*? and ([\d.]+) seconds")
 _LIVE: set[subprocess.Popen[str]] = set()
 _PATIENCE_S = 30
@@ -138,5 +139,10 @@ def _kill(process: subprocess.Popen[Any]) -> bool:
 
 def cause(log: str) -> str:
     """The first error that a log names: those below it follow from it."""
-    found = (match[1] for line in log.splitlines() if (match := _ERROR.search(line)))
-    return next(found, None) or (log.strip().splitlines() or ["ended without a word"])[-1]
+    lines = log.strip().splitlines() or ["ended without a word"]
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if match := _ERROR.search(line):
+            # Of an option that vLLM refuses, the reason comes a line later, and advice after it.
+            detail = _INVALID.search(following) if "validation error" in line else None
+            return f"{match[1]}: {detail[1]}" if detail else match[1]
+    return lines[-1]

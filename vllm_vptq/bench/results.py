@@ -102,14 +102,17 @@ class Results:
             before = json.loads(self.path.read_text())
             for name in _MUST_MATCH:
                 if before[name] != self.head[name]:
-                    raise BenchError(
-                        f"{self.path} was measured with another {name} ({before[name]}); choose another --out"
-                    )
+                    other = f"another {name} ({before[name]})"
+                    if name == "settings":
+                        was, now = before[name], self.head[name]
+                        differing = (f"{key} {was.get(key)}" for key in now if was.get(key) != now[key])
+                        other = f"other settings ({', '.join(differing)})"
+                    raise BenchError(f"{self.path} was measured with {other}; choose another --out")
             self.models, self.rows = before["models"], before["rows"]
             self.rooms = before.get("rooms", [])
             own, self.head["versions"] = self.head["versions"], before["versions"]
             self._check_versions(own)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BenchError(f"{self.path} is no result file of this command; choose another --out") from error
 
     def _check_versions(self, found: Mapping[str, str]) -> None:

@@ -21,7 +21,9 @@ def examine() -> Report:
     gpus = machine.gpus()
     extension = native.extension_fact() if gpus else None
     facts = [
-        *(software.python_fact(), software.torch_fact(), software.vllm_fact(version), plugin),
+        *(software.python_fact(), software.torch_fact(), software.vllm_fact(version)),
+        *software.command_facts(version),
+        plugin,
         *(machine.processor(), *machine.gpu_facts(gpus)),
         *(machine.compiler_fact(), machine.toolkit_fact(torch.version.cuda), machine.ninja_fact()),
         *map(native.cpu_fact, native.cpu_library_names()),

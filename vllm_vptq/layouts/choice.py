@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError, cuda_extension
@@ -115,20 +116,22 @@ def _of(
 class Layers:
     """The quantized layers of a model: which layout each gets, and what they hold, logged when the last is laid out.
 
-    ``memory_share``: of the GPU's memory, that vLLM may use.
+    ``memory_share``: of the GPU's memory, that vLLM may use. ``progress``: whether to show how many have been laid out.
     """
 
     def __init__(self) -> None:
         self.awaited = 0
         self.memory_share = 1.0
+        self.progress = False
         self.weights: dict[str, int] = {}
         self.nbytes: dict[str, int] = {}
         self._loaded: dict[str, Callable[[], Sequence[ModuleShard]]] = {}
         self._chosen: dict[str, str] = {}
+        self._bar: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """vLLM pickles its configuration, of which this is part; layers stay where they are."""
-        return {**self.__dict__, "_loaded": {}}
+        return {**self.__dict__, "_loaded": {}, "_bar": None}
 
     def expect(self, name: str, loaded: Callable[[], Sequence[ModuleShard]]) -> None:
         """Announces a layer; ``loaded`` gives its shards once they are complete, and nothing before or afterwards."""
@@ -175,9 +178,21 @@ class Layers:
         size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
         self.weights[kind] = self.weights.get(kind, 0) + weights
         self.nbytes[kind] = self.nbytes.get(kind, 0) + size
+        self._advance()
         self.awaited -= 1
         if not self.awaited:
             logger.info("VPTQ weights: %s", self)
+
+    def _advance(self) -> None:
+        """vLLM's own bar counts files read; this is what follows."""
+        if self._bar is None:
+            first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+            shown = self.progress and first
+            self._bar = tqdm(total=self.awaited, desc="Laying out VPTQ layers", mininterval=1, disable=not shown)
+        self._bar.update()
+        if self.awaited == 1:
+            self._bar.close()
+            self._bar = None
 
     def __str__(self) -> str:
         return ", ".join(
