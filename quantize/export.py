@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from quantize.errors import QuantizeError
-from quantize.parts import require_empty, write_tensors
+from quantize.parts import require_empty, write_tensors, write_text
 from quantize.recipe import Recipe
 from vllm_vptq.format import (
     LayerSpec,
@@ -54,7 +54,7 @@ class Exporter:
             model.generation_config.save_pretrained(self.out)
         tokenizer.save_pretrained(self.out)
         _write_json(self.out / "vptq_recipe.json", recipe.model_dump(mode="json", exclude_defaults=True))
-        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             model.config.save_pretrained(folder)
             written = json.loads((Path(folder) / "config.json").read_text())
         written["quantization_config"] = {
@@ -69,7 +69,7 @@ class Exporter:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], LayerSpecs]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantize import blocks, evaluate
+from quantize import blocks, evaluate, pipeline
 from quantize.errors import QuantizeError
 from quantize.estimate import estimate, planned
 from quantize.evaluate import load_any, score, task_scores
@@ -64,6 +64,70 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tied: Path, text_file:
     run(tied, tmp_path / "cut", recipe)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert not parts.exists()
+
+
+def test_a_run_killed_while_it_writes_goes_on(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Before every file that gets its name once all layers are coded, and in the middle of removing the parts."""
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),)})
+    run(tied, tmp_path / "whole", recipe)
+    renamed = {"rename": Path.rename, "replace": Path.replace}
+    calls = last = 0
+
+    def kill_at(count: int) -> None:
+        nonlocal calls
+        calls = 0
+        for name, original in renamed.items():
+
+            def move(path: Path, target: Path, original: Any = original) -> Path:
+                nonlocal calls
+                calls += 1
+                if calls == count:
+                    raise KeyboardInterrupt
+                return original(path, target)
+
+            monkeypatch.setattr(Path, name, move)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_write", lambda *_: sys.exit())
+        with pytest.raises(SystemExit):
+            run(tied, tmp_path / "coded", recipe)
+    for count in range(1, 40):
+        out = Path(shutil.copytree(tmp_path / "coded", tmp_path / str(count)))
+        kill_at(count)
+        try:
+            run(tied, out, recipe)
+        except KeyboardInterrupt:
+            last = count
+            kill_at(0)
+            run(tied, out, recipe)
+        assert files(out) == files(tmp_path / "whole")
+        if last < count:
+            break
+    assert 8 < last < 39
+
+
+@pytest.mark.parametrize("left", ["", "run.partial"])
+def test_a_run_killed_before_it_began_begins(tmp_path: Path, left: str) -> None:
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    if left:
+        (tmp_path / "out" / "parts" / left).write_text("{")
+    assert Parts(tmp_path / "out", {"recipe": 1}).read_json("run") == {"recipe": 1}
+
+
+def test_parts_that_were_being_removed_are(tmp_path: Path, monkeypatch: Any) -> None:
+    parts = Parts(tmp_path / "out", {"recipe": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder: sys.exit())
+        with pytest.raises(SystemExit):
+            parts.remove()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(QuantizeError, match="not empty"):
+        Parts(tmp_path / "out", {"recipe": 1})
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_files_are_for_whoever_may_read_the_others(fine: Path) -> None:
+    assert len({file.stat().st_mode for file in fine.iterdir()}) == 1
 
 
 def test_finished_layers_are_not_solved_again(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
