@@ -68,7 +68,8 @@ def result(
     original, quantized = compare(arguments.model, out, arguments)
     bits = total_bits(dict(read_config(out)[1]))
     recipe = json.loads((out / "vptq_recipe.json").read_text())
-    errors = [json.loads(line)["error"] for line in (out / REPORT).read_text().splitlines()]
+    records = [json.loads(line) for line in (out / REPORT).read_text().splitlines()]
+    errors = [record["error"] for record in records if "layer" in record]
     sources = [Path(source).name for source in recipe.get("calibration", ["self"])]
     return {
         "name": name,

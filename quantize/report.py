@@ -86,5 +86,5 @@ class Report:
         self.console.print(f"{name} in {seconds:.1f} s", markup=False)
 
     def write(self, out: Path, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes what is known of every layer to ``vptq_report.jsonl``, a line each."""
+        """Writes what is known of every layer and of trainings to ``vptq_report.jsonl``, a line each."""
         write_text(out / REPORT, "".join(json.dumps(record) + "\n" for record in records))
