@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--table", nargs="+", type=Path, help="result files to print")
     arguments, options = parser.parse_known_args()
     if arguments.table:
-        print_table(arguments.table)
+        print(table([row for path in arguments.table for row in json.loads(path.read_text())["rows"]]))
         return
     if not arguments.model or not arguments.text:
         parser.error("MODEL and TEXT are needed")
@@ -68,7 +68,8 @@ def result(
     original, quantized = compare(arguments.model, out, arguments)
     bits = total_bits(dict(read_config(out)[1]))
     recipe = json.loads((out / "vptq_recipe.json").read_text())
-    errors = [json.loads(line)["error"] for line in (out / REPORT).read_text().splitlines()]
+    records = [json.loads(line) for line in (out / REPORT).read_text().splitlines()]
+    errors = [record["error"] for record in records if "layer" in record]
     sources = [Path(source).name for source in recipe.get("calibration", ["self"])]
     return {
         "name": name,
@@ -124,14 +125,32 @@ def results_path(folder: Path, model: str) -> Path:
     return folder / f"quality-{date.today()}-{model}.json"
 
 
-def print_table(paths: list[Path]) -> None:
-    """Rows as Markdown: excess is the logarithm of the perplexities' ratio."""
-    print("| model | run | bits | perplexity | original | excess | KL | seconds |\n|---|---|---|---|---|---|---|---|")
-    for path in paths:
-        for row in json.loads(path.read_text())["rows"]:
-            values = [row["model"], row["name"], f"{row['effective_bits']:.3f}", f"{row['perplexity']:.2f}"]
-            values += [f"{row['original_perplexity']:.2f}", f"{row['excess']:.3f}", f"{row['divergence']:.3f}"]
-            print("| " + " | ".join([*values, f"{row['quantize_s']:.0f}"]) + " |")
+def table(rows: list[dict]) -> str:
+    """Rows as Markdown, by bits: excess is the logarithm of the perplexities' ratio.
+
+    How much less than ``paper`` is said where there is such a row for the same text, within a twentieth of a bit.
+    """
+    papers = [row for row in rows if row.get("method") == "paper"]
+    lines = [
+        "| | effective bits | perplexity | excess | less than `paper` | KL | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (_same_text(row), round(row["effective_bits"], 1))):
+        near = [
+            paper
+            for paper in papers
+            if _same_text(paper) == _same_text(row) and abs(paper["effective_bits"] - row["effective_bits"]) < 0.05
+        ]
+        less = f"{1 - row['excess'] / near[-1]['excess']:.0%}".replace("%", " %") if near and row not in near else ""
+        excess = math.log(row["perplexity"] / row["original_perplexity"])
+        values = [row["name"], f"{row['effective_bits']:.3f}", f"{row['perplexity']:.2f}", f"{excess:.3f}", less]
+        lines.append("| " + " | ".join([*values, f"{row['divergence']:.3f}", f"{row['quantize_s']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _same_text(row: dict) -> tuple:
+    """What rows must share to be compared."""
+    return row["model"], row["text"], row["context"], row["tokens"], row["original_perplexity"]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ SELF = "self"
 
 _CHARACTERS = 8
 """No tokenizer makes tokens of more on average."""
+_ROLES = {"human": "user", "gpt": "assistant"}
 _MIN_P = 0.02
 _WHOLE = 1 << 40
 
@@ -118,11 +119,23 @@ def _text(row: Row, tokenizer: Any, name: str) -> str:
     if isinstance(messages, list):
         if not getattr(tokenizer, "chat_template", None):
             raise QuantizeError(f"calibration {name} holds messages, and the model has no chat template")
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        try:
+            return str(tokenizer.apply_chat_template([_message(m) for m in messages], tokenize=False))
+        except Exception as error:  # whatever a template raises that does not know such messages
+            reason = " ".join(str(error).split())
+            raise QuantizeError(f"calibration {name}: the model's chat template refuses a row: {reason}") from error
     column = "text" if "text" in row else next((k for k, v in row.items() if isinstance(v, str)), None)
     if column is None:
         raise QuantizeError(f"calibration {name} has no text column, only {', '.join(row)}")
     return str(row[column])
+
+
+def _message(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message as templates take it, also from the columns ``from`` and ``value`` that older data sets have."""
+    if "role" in message or "from" not in message:
+        return message
+    speaker = str(message["from"])
+    return {"role": _ROLES.get(speaker, speaker), "content": message.get("value")}
 
 
 @torch.inference_mode()

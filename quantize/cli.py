@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -25,6 +25,7 @@ app = typer.Typer(
     help="Makes VPTQ checkpoints (vector post-training quantization, 1.6 to 4 bits a weight) that vLLM serves.",
 )
 _console = Console(highlight=False)
+_TRUST = "Run the code that a model brings along, for those that transformers does not know."
 _PRESETS = f"{', '.join(PRESETS)}: what the recipe starts from."
 
 
@@ -51,6 +52,7 @@ def run(
     ray: Annotated[
         str | None, typer.Option(help="Code layers on a Ray cluster: its address, auto or local (extra ray).")
     ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=_TRUST)] = False,
 ) -> None:
     """Quantizes the linear layers of a decoder and writes a checkpoint for vLLM.
 
@@ -81,7 +83,7 @@ def run(
     cluster = Cluster(ray) if ray else None
     started = time.perf_counter()
     with Report(_console) as report:
-        plan = quantize_model(model, out, chosen, report, cluster)
+        plan = quantize_model(model, out, chosen, report, cluster, trust_remote_code)
     seconds = time.perf_counter() - started
     _console.print(f"{out}: {plan.bits:.2f} effective bits a weight, {seconds:.0f} s. Serve it with:", markup=False)
     _console.print(f"  vllm serve {out}", markup=False)
@@ -97,27 +99,42 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use.", min=2)] = 40960,
     tasks: Annotated[str | None, typer.Option(help="Tasks of the LM Evaluation Harness, by commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples of each task [all].")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the results in the VPTQ checkpoints, for the card that push writes.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=_TRUST)] = False,
 ) -> None:
     """Prints the perplexity of each model in float32, its ratio to the first, and its divergence from the first."""
     from quantize.evaluate import evaluation_text, load_any, score, task_scores
     from quantize.report import Report
+    from quantize.results import add_results
 
     body = evaluation_text(text)
+    source = "Python's language reference" if text is None else Path(text).name
     first: Any = None
     with Report(_console) as report:
         for name in models:
             report.stage(f"perplexity of {name}")
-            model, tokenizer = load_any(name, torch.device(device))
+            model, tokenizer = load_any(name, torch.device(device), trust=trust_remote_code)
             reference = None if first is None else first[0]
             found = score(model, tokenizer, body, context, tokens, report.progress, reference)
-            first = first or (model, found)
-            ratio = found.perplexity / first[1].perplexity
+            where = f"on {source}, {found.tokens} tokens in windows of {context}"
+            if first is None:
+                _console.print(f"  {where}", markup=False)
+            measures = {f"perplexity {where}": found.perplexity}
+            if found.divergence is not None:
+                measures[f"KL to the original {where}"] = found.divergence
+            scores = task_scores(model, tokenizer, tasks.split(","), limit) if tasks else {}
+            measures |= scores
+            first = first or (model, measures)
+            before = first[1][f"perplexity {where}"]
             divergence = "" if found.divergence is None else f"  KL {found.divergence:.4f}"
-            _console.print(f"  {found.perplexity:.3f}  ({ratio:.3f}x){divergence}")
-            if tasks:
-                for task, accuracy in task_scores(model, tokenizer, tasks.split(","), limit).items():
-                    _console.print(f"  {task}: {accuracy:.4f}", markup=False)
+            _console.print(f"  {found.perplexity:.3f}  ({found.perplexity / before:.3f}x){divergence}")
+            for task, accuracy in scores.items():
+                _console.print(f"  {task}: {accuracy:.4f}", markup=False)
+            if record and reference is not None:
+                add_results(Path(name), first[1], measures)
 
 
 @app.command()
@@ -126,14 +143,19 @@ def plan(
     bits: Annotated[float | None, typer.Option(help="Effective bits a weight, books included.")] = None,
     preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file; the options win over it.")] = None,
+    vector_length: Annotated[int | None, typer.Option(help="Output rows that share an index, 2 to 16 [4].")] = None,
+    centroids: Annotated[int | None, typer.Option(help="Main codebook, a power of two up to 65536 [256].")] = None,
+    residual_centroids: Annotated[int | None, typer.Option(help="Residual codebook, 0 for none [128].")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=_TRUST)] = False,
 ) -> None:
     """Says what a run would do, without weights or work: layers, bits, bytes, an estimate of time and memory."""
     from quantize.estimate import estimate, planned, table
     from quantize.model import decoder_blocks, load_shapes
     from quantize.plan import left_dense_note
 
-    chosen = Recipe.load(recipe, preset, bits=bits)
-    loaded = load_shapes(model)
+    books = {"vector_length": vector_length, "centroids": centroids, "residual_centroids": residual_centroids}
+    chosen = Recipe.load(recipe, preset, bits=bits, **books)
+    loaded = load_shapes(model, trust_remote_code)
     made = planned(loaded, chosen)
     _console.print(table(made))
     if note := left_dense_note(decoder_blocks(loaded)):
@@ -201,8 +223,18 @@ def main() -> None:
     try:
         app()
     except (QuantizeError, VPTQFormatError, BuildError) as error:
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        _refuse(str(error))
+    except torch.OutOfMemoryError as error:
+        _refuse(f"out of memory: {str(error).splitlines()[0]}")
+    except OSError as error:  # a full disk, a folder that cannot be written: errors that name a file and say why
+        if error.strerror is None:
+            raise
+        _refuse(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+
+
+def _refuse(reason: str) -> NoReturn:
+    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(reason)}", soft_wrap=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def table(plan: Plan) -> Table:
 
 
 def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
-    """Minutes and GiB a run would take on this machine, from its measured speed at the two things that take long.
+    """Time and GiB a run would take on this machine, from its measured speed at the two things that take long.
 
     Reading the model, text the model writes itself and fine-tuning's memory traffic are not counted: a rough figure.
     """
@@ -70,7 +70,13 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     if recipe.finetune.steps:
         # What is decoded is kept for the backward pass on a CPU; on a GPU where there is room, which this is not.
         memory += 2 * weights - resident + (12 if device.type == "cpu" else 2) * plan.weights
-    return f"about {seconds / 60:.0f} min and {memory / 2**30:.1f} GiB on this machine ({device.type})"
+    return f"about {_duration(seconds)} and {memory / 2**30:.1f} GiB on this machine ({device.type})"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _searched(spec: LayerSpec, recipe: Recipe) -> float:

@@ -17,23 +17,28 @@ from quantize.model import loading
 from vllm_vptq.format import VPTQFormatError, is_vptq_section
 
 
-def load_any(model: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """A causal language model and its tokenizer; a VPTQ checkpoint is loaded as the dense model it stands for."""
+def load_any(
+    model: str, device: torch.device, dtype: torch.dtype = torch.float32, trust: bool = False
+) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer; a VPTQ checkpoint is loaded as the dense model it stands for.
+
+    ``trust`` allows code that the model brings along to run.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(model)
     with loading(model):
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
         if not any(
             is_vptq_section(getattr(config, key, None) or {}) for key in ("quantization_config", "quant_config")
         ):
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-            return loaded.to(device).eval(), AutoTokenizer.from_pretrained(model)
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust)
+            return loaded.to(device).eval(), AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
     _, specs = read_config(folder)
     for key in ("quantization_config", "quant_config"):
         if hasattr(config, key):
             delattr(config, key)
-    loaded = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
     state = dict(dense_tensors(folder, specs, dtype))
     missing, unexpected = loaded.load_state_dict(state, strict=False)
     tied = set(getattr(loaded, "all_tied_weights_keys", None) or ())
@@ -41,7 +46,7 @@ def load_any(model: str, device: torch.device, dtype: torch.dtype = torch.float3
     if lost or unexpected:
         raise VPTQFormatError(str(folder), f"tensors do not fit the model: {', '.join([*lost, *unexpected][:3])}")
     loaded.tie_weights()
-    return loaded.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    return loaded.to(device).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
 
 
 def evaluation_text(name: str | None) -> str:
@@ -76,11 +81,12 @@ class Score:
     """What a model makes of a text: its perplexity, and how far its predictions are from another model's.
 
     ``divergence`` is the mean Kullback-Leibler divergence of the next token's distribution, in nats, from the
-    reference's; None without one.
+    reference's; None without one. ``tokens`` are those that were predicted.
     """
 
     perplexity: float
     divergence: float | None
+    tokens: int
 
 
 @torch.inference_mode()
@@ -111,7 +117,7 @@ def score(
             divergence += float(nn.functional.kl_div(found, wanted, reduction="sum", log_target=True))
         count += len(window) - 1
         progress(i + 1, len(starts))
-    return Score(math.exp(total / count), divergence / count if reference is not None else None)
+    return Score(math.exp(total / count), divergence / count if reference is not None else None, count)
 
 
 def perplexity(model: nn.Module, tokenizer: Any, text: str, context: int = 1024, tokens: int = 40960) -> float:

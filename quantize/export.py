@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from quantize.errors import QuantizeError
-from quantize.parts import require_empty, write_tensors
+from quantize.parts import require_empty, write_tensors, write_text
 from quantize.recipe import Recipe
 from vllm_vptq.format import (
     LayerSpec,
@@ -26,6 +26,8 @@ from vllm_vptq.format import (
 )
 
 _INDEX = "model.safetensors.index.json"
+VERSIONS = "vptq_versions.json"
+"""Of what made a checkpoint, by package."""
 
 
 class Exporter:
@@ -42,21 +44,35 @@ class Exporter:
         write_tensors(on_cpu, self._path(len(self._shards)), {"format": "pt"})
         self._shards.append({name: tensor.nbytes for name, tensor in on_cpu.items()})
 
-    def finish(self, model: nn.Module, tokenizer: Any, specs: Mapping[str, LayerSpec], recipe: Recipe) -> None:
-        """Names the shards and writes the index, the tokenizer, the recipe, and last the configurations."""
+    def finish(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        specs: Mapping[str, LayerSpec],
+        recipe: Recipe,
+        versions: Mapping[str, str],
+    ) -> None:
+        """Names the shards and writes the index, the tokenizer, how it was made, and last the configuration."""
         files = [f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors" for i in range(len(self._shards))]
         for i, file in enumerate(files):
             self._path(i).rename(self.out / file)
         weight_map = {name: file for shard, file in zip(self._shards, files, strict=True) for name in shard}
         total = sum(size for shard in self._shards for size in shard.values())
         _write_json(self.out / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        from transformers.dynamic_module_utils import custom_object_save
+
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(self.out)
         tokenizer.save_pretrained(self.out)
         _write_json(self.out / "vptq_recipe.json", recipe.model_dump(mode="json", exclude_defaults=True))
-        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+        _write_json(self.out / VERSIONS, dict(versions))
+        with tempfile.TemporaryDirectory() as folder:
             model.config.save_pretrained(folder)
+            if getattr(model, "_auto_class", None) is not None:
+                custom_object_save(model, folder, model.config)
             written = json.loads((Path(folder) / "config.json").read_text())
+            for code in Path(folder).glob("*.py"):  # what the model brought along
+                write_text(self.out / code.name, code.read_text(encoding="utf8"))
         written["quantization_config"] = {
             "quant_method": "vptq",
             "config_for_layers": {name: spec.to_config() for name, spec in specs.items()},
@@ -69,7 +85,7 @@ class Exporter:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], LayerSpecs]:
@@ -145,5 +161,5 @@ def write_dense(folder: Path, out: Path, dtype: torch.dtype) -> None:
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_json(out / "config.json", config)
     for file in folder.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("config.json", _INDEX):
+        if file.suffix in (".json", ".jinja", ".model", ".txt", ".py") and file.name not in ("config.json", _INDEX):
             (out / file.name).write_bytes(file.read_bytes())

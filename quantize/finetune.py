@@ -30,6 +30,8 @@ class Training:
     rate: float
     steps: int
     step: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Of every step so far, end to end."""
     _moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _size: dict[str, float] = field(default_factory=dict)
 
@@ -75,12 +77,12 @@ class Training:
         state = {f"value:{name}": parameter.detach() for name, parameter in self.parameters.items()}
         for name, (first, second) in self._moments.items():
             state |= {f"first:{name}": first, f"second:{name}": second, f"size:{name}": torch.tensor(self._size[name])}
-        return state | {"step": torch.tensor(self.step)}
+        return state | {"step": torch.tensor(self.step), "losses": torch.tensor(self.losses, dtype=torch.float64)}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Goes on from a :meth:`state`."""
-        self.step = int(state["step"])
+        self.step, self.losses = int(state["step"]), state["losses"].tolist()
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"value:{name}"])
             self._size[name] = float(state[f"size:{name}"])
@@ -128,7 +130,8 @@ def tune_model(
         del logits, found, wanted
         loss.backward()
         training.update()
-        progress(training.step, training.steps, float(loss.detach()))
+        training.losses.append(float(loss.detach()))
+        progress(training.step, training.steps, training.losses[-1])
         checkpoint(training)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,34 +16,38 @@ from torch import Tensor, nn
 from quantize.devices import streamed
 from quantize.errors import QuantizeError
 
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 _ON_DEVICE = 2 << 30
 """Bytes of hidden states that may stay on a GPU, of all batches."""
 
 
-def load(model: str) -> tuple[nn.Module, Any]:
+def load(model: str, trust: bool = False) -> tuple[nn.Module, Any]:
     """A causal language model in its own dtype, and its tokenizer; QuantizeError if either can't be loaded.
 
     Weights stay in their files, mapped into memory, until they are used; whoever changes them must replace them.
+    ``trust`` allows code that the model brings along to run.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with loading(model):
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
         if any(getattr(config, key, None) for key in ("quantization_config", "quant_config")):
             raise QuantizeError(f"model {model} is quantized already; start from the original")
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", low_cpu_mem_usage=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype="auto", low_cpu_mem_usage=True, trust_remote_code=trust
+        )
     return loaded.eval(), tokenizer
 
 
-def load_shapes(model: str) -> nn.Module:
+def load_shapes(model: str, trust: bool = False) -> nn.Module:
     """A causal language model without its weights, on the device ``meta``: shapes and dtypes only."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with loading(model):
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
         with torch.device("meta"):
-            shapes: nn.Module = AutoModelForCausalLM.from_config(config)
+            shapes: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     return shapes
 
 
@@ -56,7 +61,9 @@ def loading(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = (str(error).splitlines() or [""])[0].strip()
+        if "trust_remote_code" in str(error):
+            reason += " Read it; --trust-remote-code runs it"
         where = "" if Path(model).exists() else " (no such directory, so it was looked up on the hub)"
         raise QuantizeError(f"cannot load model {model}{where}: {reason}") from error
 
@@ -71,7 +78,10 @@ class Block:
 
 
 def decoder_blocks(model: nn.Module) -> list[Block]:
-    """The blocks of the decoder: the longest module list whose items hold linear layers."""
+    """The blocks of the decoder: the longest module list whose items hold linear layers.
+
+    Routers are none of them: small, and what they say decides about all the rest, so that servers keep them dense.
+    """
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -83,7 +93,12 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     found = []
     for i, block in enumerate(blocks):
         prefix = f"{name}.{i}"
-        linears = {f"{prefix}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        size = sum(parameter.numel() for parameter in block.parameters())
+        linears = {
+            f"{prefix}.{n}": m
+            for n, m in block.named_modules()
+            if isinstance(m, nn.Linear) and not (_ROUTER.search(n) and m.weight.numel() < size / 50)
+        }
         found.append(Block(prefix, block, linears))
     return found
 

@@ -27,17 +27,19 @@ class Parts:
     """
 
     def __init__(self, out: Path, run: Mapping[str, Any]) -> None:
-        self.folder = out / "parts"
-        known = self.folder / "run.json"
-        resumed = out.is_dir() and known.is_file() and not (out / "config.json").exists()
-        if not resumed:
+        self.folder, self._finished = out / "parts", out / "parts.finished"
+        if self._finished.is_dir():  # a run that was killed when all was done but this
+            shutil.rmtree(self._finished)
+        if not (self.folder / "run.json").is_file():
+            if self.folder.is_dir() and {file.name for file in self.folder.iterdir()} <= {"run.partial"}:
+                shutil.rmtree(self.folder)  # killed before it began
             require_empty(out)
             self.folder.mkdir()
             self.write_json("run", run)
         before = self.read_json("run")
         changed = [key for key in run if not isinstance(before, dict) or before.get(key) != run[key]]
         if changed and not self._has_layers():
-            shutil.rmtree(self.folder)  # nothing is lost, say after a mistake in the options
+            self.remove()  # nothing is lost, say after a mistake in the options
             self.folder.mkdir()
             self.write_json("run", run)
         elif changed:
@@ -83,17 +85,12 @@ class Parts:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON value, all or nothing."""
-        path = self.folder / f"{name}.json"
-        try:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8")
-            partial.replace(path)
-        except OSError as error:
-            raise QuantizeError(f"cannot write {path}: {error.strerror}") from error
+        write_text(self.folder / f"{name}.json", json.dumps(value, indent=1) + "\n")
 
     def remove(self) -> None:
-        """Removes all parts, once the checkpoint is written."""
-        shutil.rmtree(self.folder)
+        """Removes all parts, once the checkpoint is written: a run that is killed here has either all or none."""
+        self.folder.replace(self._finished)
+        shutil.rmtree(self._finished)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -109,12 +106,25 @@ def require_empty(out: Path) -> None:
         raise QuantizeError(f"cannot write to {out}: {error.strerror}") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that appears under its name only when it is whole; QuantizeError if it can't be."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(text, encoding="utf8")
+        partial.replace(path)
+    except OSError as error:
+        raise QuantizeError(f"cannot write {path}: {error.strerror}") from error
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file that appears under its name only when it is whole; QuantizeError if it can't be."""
     partial = path.with_suffix(".partial")
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(on_cpu, partial, metadata=dict(metadata))
+        partial.chmod(mode)  # safetensors leaves files that nobody else may read
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise QuantizeError(f"cannot write {path}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -27,27 +28,31 @@ from quantize.run import BATCH_TOKENS, Run, tuned_part
 from quantize.sensitivity import measure
 from quantize.solver import row_groups
 from quantize.training import finetune_model
+from vllm_vptq.format import effective_bits
 
 _MEASURED_TOKENS = 8192
 """Calibration tokens that sensitivities are measured on."""
 
 
-def quantize_model(source: str, out: Path, recipe: Recipe, report: Report, cluster: Share | None = None) -> Plan:
+def quantize_model(
+    source: str, out: Path, recipe: Recipe, report: Report, cluster: Share | None = None, trust: bool = False
+) -> Plan:
     """Quantizes a model and writes the checkpoint to ``out``; see ``Recipe`` for what can be chosen.
 
     Layers are coded on this machine's devices, or where the ``cluster`` has its jobs done, to the same bits.
-    A run into the ``out`` of a killed one with the same model and recipe goes on where that stopped.
+    A run into the ``out`` of a killed one with the same model and recipe goes on where that stopped. ``trust`` allows
+    code that the model brings along to run.
     """
     devices = choose_devices(recipe.device)
     be_deterministic()
     versions = {name: version(name) for name in ("torch", "transformers", "vllm-vptq")}
     parts = Parts(out, {"model": source, "recipe": recipe.model_dump(mode="json"), "versions": versions})
     report.stage("loading the model")
-    model, tokenizer = load(source)
+    model, tokenizer = load(source, trust)
     blocks = decoder_blocks(model)
-    planned(model, recipe)  # or hours would pass before its mistakes were seen
+    expected = planned(model, recipe)  # or hours would pass before its mistakes were seen
     report.note(left_dense_note(blocks))
-    _require_space(out, model)
+    _require_space(out, model, expected)
     if recipe.finetune.steps and not fits(model, devices[0]):
         raise QuantizeError(
             f"training end to end needs the model on {devices[0]} twice, and it is too large for that; choose a recipe "
@@ -66,14 +71,23 @@ def quantize_model(source: str, out: Path, recipe: Recipe, report: Report, clust
     if recipe.finetune.steps:
         report.stage("fine-tuning")
         finetune_model(run, plan)
-    _write(run, plan, out)
+    _write(run, plan, out, versions)
     parts.remove()
     return plan
 
 
-def _require_space(out: Path, model: nn.Module) -> None:
-    """QuantizeError where the disk is too full: parts and checkpoint together take no more than the dense model."""
-    needed = sum(parameter.nbytes for parameter in model.parameters())
+def _require_space(out: Path, model: nn.Module, plan: Plan) -> None:
+    """QuantizeError where the disk is too full. For a moment coded layers lie there twice, as parts and in shards.
+
+    Training has books and norms there, too: its results, those of the blocks, and 12 bytes for their 2 on its way.
+    """
+    coded = {f"{name}.weight" for name in plan.specs}
+    needed = sum(parameter.nbytes for name, parameter in model.named_parameters() if name not in coded)
+    for spec in plan.specs.values():
+        size = effective_bits(spec) * math.prod(spec.shape) / 8
+        trained = size - spec.total_bits / spec.vector_len * math.prod(spec.shape) / 8
+        needed += int(2 * size + 8 * trained)
+    needed -= sum(file.stat().st_size for file in (out / "parts").iterdir())  # of a run that goes on
     free = shutil.disk_usage(out).free
     if free < needed:
         raise QuantizeError(f"{out}: {free / 2**30:.1f} GiB are free, up to {needed / 2**30:.1f} are needed")
@@ -112,7 +126,7 @@ def _prepare(run: Run) -> tuple[Plan, Weights | None]:
     return plan, weights
 
 
-def _write(run: Run, plan: Plan, out: Path) -> None:
+def _write(run: Run, plan: Plan, out: Path, versions: dict[str, str]) -> None:
     """Turns parts into the checkpoint: a shard for each block, and one for the rest."""
     exporter = Exporter(out)
     tuned = run.parts.load("tuned") if "tuned" in run.parts else {}
@@ -130,8 +144,9 @@ def _write(run: Run, plan: Plan, out: Path) -> None:
         add(tensors)
     prefixes = tuple(f"{block.name}." for block in run.blocks)
     add({k: v for k, v in _untied_state(run.model).items() if not k.startswith(prefixes)})
-    run.report.write(out, [run.parts.record(name) for name in plan.specs])
-    exporter.finish(run.model, run.tokenizer, plan.specs, run.recipe)
+    names = [*plan.specs, *(tuned_part(block) for block in run.blocks), "tuned"]
+    run.report.write(out, [run.parts.record(name) for name in names if name in run.parts])
+    exporter.finish(run.model, run.tokenizer, plan.specs, run.recipe, versions)
 
 
 def _dense_state(block: Block, plan: Plan) -> dict[str, Tensor]:

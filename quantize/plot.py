@@ -13,7 +13,8 @@ def draw(report: Path, out: Path) -> None:
     """Draws a report (``vptq_report.jsonl`` or its directory) into an image file; needs the extra ``plot``."""
     path = report / REPORT if report.is_dir() else report
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+        records = [line for line in lines if "layer" in line]
         points = [(r["layer"].rpartition(".")[2], i, r["error"], r["bits"]) for i, r in enumerate(records)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QuantizeError(f"{path}: no readable report ({error})") from error

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.errors import QuantizeError
-from quantize.export import read_config
+from quantize.export import VERSIONS, read_config
 from quantize.plan import total_bits
+from quantize.results import read_results
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
 def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
-    """The card of a checkpoint, Markdown with the hub's front matter. ``results`` are rows as ``NAME=VALUE``."""
+    """The card of a checkpoint, Markdown with the hub's front matter.
+
+    ``results`` are rows as ``NAME=VALUE``, below those that evaluation left beside the checkpoint.
+    """
     _, specs = read_config(checkpoint)
     bits = total_bits(dict(specs))
     recipe = json.loads((checkpoint / "vptq_recipe.json").read_text(encoding="utf8"))
-    rows = []
+    rows = [
+        f"| {name} | {'' if before is None else f'{before:.4g}'} | {after:.4g} |"
+        for name, (before, after) in read_results(checkpoint).items()
+    ]
     for result in results:
         name, equals, value = result.partition("=")
         if not (name and equals and value):
             raise QuantizeError(f"result {result!r}, expected NAME=VALUE")
-        rows.append(f"| {name} | {value} |")
-    table = ["", "## Results", "", "| | |", "|---|---|", *rows] if rows else []
+        rows.append(f"| {name} | | {value} |")
+    table = ["", "## Results", "", "| | original | this |", "|---|---|---|", *rows] if rows else []
+    versions = json.loads((checkpoint / VERSIONS).read_text(encoding="utf8"))
     return "\n".join(
         [
             "---",
@@ -50,7 +57,7 @@ def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
             "",
             f"    vptq-quantize run {original} --out DIR --recipe vptq_recipe.json",
             "",
-            ", ".join(f"{name} {version(name)}" for name in ("vllm-vptq", "torch", "transformers")) + "; recipe:",
+            ", ".join(f"{name} {version}" for name, version in versions.items()) + "; recipe:",
             "",
             *(f"    {line}" for line in json.dumps(recipe, indent=2).splitlines()),
             "",
@@ -71,8 +78,6 @@ def upload(
 
     QuantizeError if the directory is no finished checkpoint or the hub refuses.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
     if (checkpoint / "parts").exists():
         raise QuantizeError(f"{checkpoint} holds an unfinished run; start that again first")
     (checkpoint / "README.md").write_text(model_card(checkpoint, original, results), encoding="utf8")
@@ -86,7 +91,7 @@ def upload(
             revision=revision,
             commit_message="VPTQ checkpoint made by vllm-vptq",
         )
-    except (HfHubHTTPError, ValueError, OSError) as error:
+    except Exception as error:  # whatever the hub client raises, from HTTP errors to a missing network
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise QuantizeError(f"cannot upload to {repository}: {reason}") from error
     return str(done.commit_url)

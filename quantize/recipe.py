@@ -14,6 +14,7 @@ A recipe has defaults for every linear layer and rules that change them where a 
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,9 +52,13 @@ def split_source(source: str) -> tuple[str, float]:
     name, at, weight = source.rpartition("@")
     if not at:
         return source, 1.0
-    if not float(weight) > 0:
-        raise ValueError(f"{source}: the weight of a source must be above 0")
-    return name, float(weight)
+    try:
+        share = float(weight)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < math.inf:
+        raise ValueError(f"{source}: the weight of a source must be a number above 0")
+    return name, share
 
 
 def _source(value: str) -> str:
@@ -213,7 +218,7 @@ class Recipe(LayerRecipe):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise QuantizeError(f"recipe: {where}: {first['msg']}") from error
+            raise QuantizeError(f"recipe: {where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 _PAPER = {"perm": True, "algorithm": "vptq", "activations": "original", "candidates": 1, "iterations": 100, "rounds": 0}

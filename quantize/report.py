@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from quantize.parts import write_text
 from vllm_vptq.format import LayerSpec
 
 REPORT = "vptq_report.jsonl"
@@ -85,6 +86,5 @@ class Report:
         self.console.print(f"{name} in {seconds:.1f} s", markup=False)
 
     def write(self, out: Path, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes what is known of every layer to ``vptq_report.jsonl``, a line each."""
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (out / REPORT).write_text(lines, encoding="utf8")
+        """Writes what is known of every layer and of trainings to ``vptq_report.jsonl``, a line each."""
+        write_text(out / REPORT, "".join(json.dumps(record) + "\n" for record in records))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.coded import CodedLinear
-from quantize.devices import free_memory, repeatable_gradients, resident
+from quantize.devices import free_memory, peak_memory, repeatable_gradients, resident
 from quantize.finetune import Training, replace_linears, trainable, tune_block, tune_model
 from quantize.model import Batch, Block
 from quantize.plan import Plan
@@ -27,7 +27,7 @@ def finetune_block(
     run: Run, plan: Plan, i: int, block: Block, batches: list[Batch], wanted: list[Tensor]
 ) -> tuple[float, float]:
     """Trains a coded block towards ``wanted``, its original output for each batch; the result is a part."""
-    prefix = f"{block.name}."
+    prefix, started = f"{block.name}.", time.perf_counter()
     copy_ = Block(block.name, copy.deepcopy(block.module), {})
     coded = _coded_linears(run, plan, [name for name in block.linears if name in plan.specs])
     replace_linears(copy_.module, ((name.removeprefix(prefix), module) for name, module in coded.items()))
@@ -37,7 +37,10 @@ def finetune_block(
     with repeatable_gradients(run.device):
         errors = tune_block(lambda j: inputs[j].run(i, copy_.module), wanted, training)
     parameters = {f"{prefix}{name}": parameter for name, parameter in training.parameters.items()}
-    run.parts.save(tuned_part(block), _tuned_tensors(run, coded, parameters))
+    before, after = errors
+    record = {"block": block.name, "error_before": before, "error": after, "steps": settings.steps}
+    record |= {"seconds": round(time.perf_counter() - started, 3), "peak_mib": peak_memory(run.device) >> 20}
+    run.parts.save(tuned_part(block), _tuned_tensors(run, coded, parameters), record)
     return errors
 
 
@@ -114,7 +117,9 @@ def _finetune_model(run: Run, plan: Plan) -> None:
 
     with repeatable_gradients(run.device):
         tune_model(student, run.model, run.id_batches(settings.tokens), training, progress, checkpoint)
-    run.parts.save("tuned", _tuned_tensors(run, coded, training.parameters))
+    losses = [round(loss, 5) for loss in training.losses]
+    record = {"training": "end to end", "losses": losses, "peak_mib": peak_memory(run.device) >> 20}
+    run.parts.save("tuned", _tuned_tensors(run, coded, training.parameters), record)
 
 
 def _copy_without(model: nn.Module, names: Iterable[str]) -> nn.Module:

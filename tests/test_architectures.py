@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,19 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from quantize.errors import QuantizeError
+from quantize.estimate import planned
 from quantize.evaluate import load_any, score
+from quantize.export import write_dense
 from quantize.model import decoder_blocks, load_shapes
+from quantize.pipeline import quantize_model
 from quantize.plan import left_dense
 from quantize.recipe import Recipe
-from tests.tiny import TEXT, command, make_model, run
+from quantize.report import Report
+from tests.tiny import COARSE, TEXT, command, make_model, read, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
+CPU = torch.device("cpu")
 SLIDING = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 KINDS: dict[str, dict[str, Any]] = {
     "Gemma2Config": {"head_dim": 16, **SLIDING},
@@ -52,6 +60,57 @@ def test_more_bits_come_closer_to_the_original(kind: str, text_file: Path, tmp_p
         divergences.append(score(model, tokenizer, TEXT, 64, 2048, reference=original).divergence)
     assert divergences[1] < divergences[0] / 4
     assert left_dense(decoder_blocks(load_shapes(str(source)))) == {}
+
+
+def test_routers_and_experts_in_one_tensor_stay_dense(text_file: Path, tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    source = make(tmp_path / "source", "Qwen2MoeConfig", shared_expert_intermediate_size=64, **experts)
+    update = {"calibration": [str(text_file)], "tokens": 2048, "context": 64, "iterations": 4}
+    plan = run(source, tmp_path / "out", Recipe.load(None, "fast", bits=5.0, **update))
+    leaves = {name.partition(".mlp.")[2] for name in plan.specs} - {""}
+    assert leaves == {f"shared_expert.{part}_proj" for part in ("gate", "up", "down")}
+    before, after = read(source), read(tmp_path / "out")
+    router = "model.layers.0.mlp.shared_expert_gate.weight"
+    assert torch.equal(after[router], before[router])
+    (original, tokenizer), (coded, _) = (load_any(str(tmp_path / p), torch.device("cpu")) for p in ("source", "out"))
+    assert 0 < score(coded, tokenizer, TEXT, 64, 2048, reference=original).divergence < 1.0
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_a_model_brings_along_runs_if_allowed_and_goes_with_it(tied: Path, tmp_path: Path) -> None:
+    source, out = Path(shutil.copytree(tied, tmp_path / "source")), tmp_path / "out"
+    (source / "modeling_own.py").write_text(CODE)
+    config = json.loads((source / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (source / "config.json").write_text(json.dumps(config))
+    for call in (
+        lambda: run(source, out, COARSE),
+        lambda: load_any(str(source), CPU),
+        lambda: load_shapes(str(source)),
+    ):
+        with pytest.raises(QuantizeError, match=r"contains custom code.*--trust-remote-code"):
+            call()
+    plan = quantize_model(str(source), out, COARSE, Report(), trust=True)
+    assert planned(load_shapes(str(source), trust=True), COARSE).specs == plan.specs
+    write_dense(out, tmp_path / "dense", torch.float32)
+    shutil.rmtree(source)
+    models = [load_any(str(folder), CPU, trust=True)[0] for folder in (out, tmp_path / "dense")]
+    assert type(models[0]).__name__ == "OwnForCausalLM"
+    ids = torch.arange(2, 66)[None]
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
 
 
 def test_experts_in_one_tensor_are_said_to_stay_dense(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import memory, record, serving_tables
+from benchmarks import memory, quality, record, serving_tables
 from benchmarks.limits import Limits, Work
 from benchmarks.shapes import SHAPES
 from benchmarks.synthesize import synthesize
@@ -122,3 +122,19 @@ def test_results_of_several_runs_are_kept_in_one_file(tmp_path):
 
 def test_results_name_their_commit():
     assert record.commit().rstrip("+").isalnum()
+
+
+def test_quality_tables():
+    """By bits, and beside the paper's row for the same text at the same bits where there is one."""
+    row = {"model": "m", "text": "t", "context": 8, "tokens": 80, "original_perplexity": 2.0, "quantize_s": 3.4}
+    row |= {"name": "paper:2", "method": "paper", "effective_bits": 2.01, "perplexity": 4.0, "excess": 0.6931}
+    row |= {"divergence": 0.7}
+    best = row | {"name": "best:2", "method": "best", "effective_bits": 1.99, "perplexity": 2.6, "excess": 0.2624}
+    fine = best | {"name": "best:3", "effective_bits": 3.0}
+    other = best | {"text": "u"}
+    lines = quality.table([fine, row, best, other]).splitlines()
+    assert lines[2:4] == [
+        "| paper:2 | 2.010 | 4.00 | 0.693 |  | 0.700 | 3 |",
+        "| best:2 | 1.990 | 2.60 | 0.262 | 62 % | 0.700 | 3 |",
+    ]
+    assert [line.split("|")[5].strip() for line in lines[4:]] == ["", ""]

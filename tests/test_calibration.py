@@ -71,6 +71,25 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
         tokens(Letters(), f"{tmp_path}/c.jsonl")
 
 
+def test_conversations_of_older_data_sets_are_read_alike(tmp_path: Path) -> None:
+    rows = [{"from": "human", "value": "x" * 2000}, {"from": "gpt", "value": "y"}]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"conversations": rows}))
+    assert text(tokens(Letters("yes"), f"{tmp_path}/c.jsonl")).startswith("<user>xxx")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [{"text": "x"}]}))
+    with pytest.raises(QuantizeError, match="template refuses a row"):
+        tokens(Letters("yes"), f"{tmp_path}/c.jsonl")
+
+
+def test_a_data_set_is_read_as_far_as_needed(tmp_path: Path) -> None:
+    """A folder of files is one; names on the hub go the same way."""
+    rows = "".join(json.dumps({"id": str(i), "text": "0123456789"}) + "\n" for i in range(500))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(rows)
+    assert text(tokens(Letters(), str(tmp_path / "set"))) == ("0123456789\n\n" * 200)[:1024]
+    with pytest.raises(QuantizeError, match="neither a text file nor a data set"):
+        tokens(Letters(), f"{tmp_path}/absent")
+
+
 @pytest.mark.parametrize(("line", "match"), [("{", "line 2"), ("[1]", "line 2.*table"), ('{"n": 5}', "no text column")])
 def test_lines_that_say_nothing_are_named(tmp_path: Path, line: str, match: str) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n' + line)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quantize import cli
+from quantize.push import model_card
 from tests.tiny import command, one_line, set_config
 
 pytest_plugins = ("tests.tiny_fixtures",)
@@ -45,6 +50,39 @@ def test_run_eval_and_dequantize(tied: Path, tmp_path: Path, call: Any) -> None:
     lines = [line for line in out.splitlines() if "x)" in line]
     assert len(lines) == 3 and "1.000x" in lines[0] and lines[1] == lines[2] != lines[0]
     assert "KL" not in lines[0] and "KL" in lines[1]
+
+
+def test_results_go_to_the_card(tied: Path, fine: Path, tmp_path: Path, call: Any) -> None:
+    checkpoint = Path(shutil.copytree(fine, tmp_path / "q"))
+    text = tmp_path / "some.txt"
+    text.write_text("some text " * 500)
+    words = ("--context", 64, "--tokens", 512, "--text", text, "--record")
+    code, out, _ = call("eval", tied, checkpoint, *words)
+    assert code == 0 and "on some.txt, 504 tokens in windows of 64" in out
+    card = model_card(checkpoint, "org/base", ["speed=fast"])
+    shown = [line.split()[0] for line in out.splitlines() if "x)" in line]
+    row = next(line for line in card.splitlines() if "perplexity on some.txt, 504 tokens" in line)
+    assert [float(cell) for cell in row.split("|")[2:4]] == pytest.approx([float(value) for value in shown], rel=1e-3)
+    assert "KL to the original on some.txt" in card and "| speed | | fast |" in card
+    assert f"torch {torch.__version__}" in card
+    code, _, err = call("eval", tied, tied, *words)
+    assert code == 1 and "no VPTQ configuration" in one_line(err)
+
+
+def test_a_full_disk_is_one_line(tied: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is transformers that writes."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/tokenizer.json")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    code, _, err = call("run", tied, "--out", tmp_path / "q", *SMALL)
+    assert code == 1 and one_line(err) == "error: some/tokenizer.json: No space left on device"
+
+
+def test_a_plan_takes_the_words_of_a_run(tied: Path, call: Any) -> None:
+    code, out, _ = call("plan", tied, *SMALL[:6])
+    assert code == 0 and "v8-k16-0" in out and "about" in out and "GiB on this machine" in out
 
 
 @pytest.mark.parametrize(

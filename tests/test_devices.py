@@ -125,7 +125,7 @@ def test_a_run_does_not_touch_the_weights_it_was_given(
 ) -> None:
     loaded: list[nn.Module] = []
     load = pipeline.load
-    monkeypatch.setattr(pipeline, "load", lambda model: loaded.append((made := load(model))[0]) or made)
+    monkeypatch.setattr(pipeline, "load", lambda *words: loaded.append((made := load(*words))[0]) or made)
     training = {"finetune": Finetuning(steps=3, tokens=256), "finetune_blocks": BlockTuning(steps=3)}
     run(tied, tmp_path / "out", COARSE.model_copy(update={"calibration": (str(text_file),)} | training))
     original = load_any(str(tied), CPU)[0].state_dict()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from quantize import blocks
 from quantize.errors import QuantizeError
@@ -74,6 +74,21 @@ def test_a_run_writes_a_whole_checkpoint(
     assert ("model.layers.0.self_attn.q_proj.bias" in tensors) == (which == "tied")
     assert Recipe.load(tmp_path / "out" / "vptq_recipe.json") == recipe
     assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_a_model_in_shards_and_float16(text_file: Path, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source", dtype=torch.float16, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),)})
+    tensors = []
+    for name in ("source", "shards"):
+        plan = run(tmp_path / name, tmp_path / f"{name}-vptq", recipe)
+        tensors.append(check_files(tmp_path / name, tmp_path / f"{name}-vptq", plan))
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
 
 
 def test_rules_reach_the_files(untied: Path, tmp_path: Path) -> None:
