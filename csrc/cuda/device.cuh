@@ -202,23 +202,6 @@ __device__ __forceinline__ unsigned load_shared_word(uint32_t address) {
   return r;
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 r;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(address));
-  return r;
-}
-__device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
-// What this thread has stored in shared memory is there for wgmma, and the copy engine, to see.
-__device__ __forceinline__ void show_to_copy_engine() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 // f(constant 0), ... f(constant N - 1).
 template <int N, int I = 0, typename F>
 __device__ __forceinline__ void unrolled(F&& f) {

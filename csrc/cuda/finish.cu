@@ -42,7 +42,7 @@ __device__ __forceinline__ const Module& module_of(const Records& records, int m
   return records.modules[m];
 }
 
-// Up to N numbers on their way, all at once: added up in a loop, each would wait for those before it.
+// Up to N numbers on their way, all at once: in a loop, those of its last turns wait for those before them.
 template <int N>
 struct Loads {
   float values[N];
@@ -65,7 +65,6 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
     finish_kernel(const __grid_constant__ Records records, int module_count, const int32_t* __restrict__ work,
                   const float* __restrict__ workspace, int64_t stride, const float* __restrict__ norm,
                   const T* __restrict__ bias, T* __restrict__ y, int out_features, int tokens) {
-  constexpr int kAtOnce = 6, kDotsAtOnce = Share == 1 ? 4 : 2;
   const int output = (blockIdx.x * kFinishThreads + threadIdx.x) / Share, mine = threadIdx.x % Share;
   let_next_start();
   if (output >= out_features) return;
@@ -78,22 +77,36 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
   const float offset = module.scale < 0 ? 1.f : norm[module.shift + n];
   wait_for_previous();
   const float* sums = workspace + token * stride;
-  const Loads<kDotsAtOnce> dots(sums + module.dot + mine, Share, (module.dots - mine + Share - 1) / Share);
-  float product = 0.f;
-  for (int p = module.part_begin; p < module.part_end; p++) {
-    const Part& part = records.parts[p];
-    const Sums mine_of = sums_of(part, n, work);
-    const int count = (mine_of.splits - mine + Share - 1) / Share, step = Share * part.stride;
-    const float* from = sums + mine_of.at + mine * part.stride;
-    for (int s = 0; s < count; s += kAtOnce, from += kAtOnce * step)
-      product = Loads<kAtOnce>(from, step, count - s).added_to(product);
+  float product = 0.f, dot = 0.f;
+  auto add_up = [&](auto&& add) {
+    for (int p = module.part_begin; p < module.part_end; p++) {
+      const Part& part = records.parts[p];
+      const Sums mine_of = sums_of(part, n, work);
+      add(sums + mine_of.at + mine * part.stride, Share * part.stride, (mine_of.splits - mine + Share - 1) / Share);
+    }
+  };
+  if constexpr (Share == 1) {
+    add_up([&](const float* from, int step, int count) {
+#pragma unroll 8
+      for (int s = 0; s < count; s++) product += __ldcg(from + s * step);
+    });
+#pragma unroll 4
+    for (int d = 0; d < module.dots; d++) dot += __ldcg(sums + module.dot + d);
+  } else {
+    constexpr int kAtOnce = 6, kDotsAtOnce = 2;
+    const Loads<kDotsAtOnce> dots(sums + module.dot + mine, Share, (module.dots - mine + Share - 1) / Share);
+    add_up([&](const float* from, int step, int count) {
+      for (int s = 0; s < count; s += kAtOnce)
+        product = Loads<kAtOnce>(from + s * step, step, count - s).added_to(product);
+    });
+    dot = dots.added_to(0.f);
+    for (int d = mine + kDotsAtOnce * Share; d < module.dots; d += Share) dot += __ldcg(sums + module.dot + d);
+#pragma unroll
+    for (int o = 1; o < Share; o *= 2) {
+      product += __shfl_xor_sync(together, product, o);
+      dot += __shfl_xor_sync(together, dot, o);
+    }
   }
-#pragma unroll
-  for (int o = 1; o < Share; o *= 2) product += __shfl_xor_sync(together, product, o);
-  float dot = dots.added_to(0.f);
-  for (int d = mine + kDotsAtOnce * Share; d < module.dots; d += Share) dot += __ldcg(sums + module.dot + d);
-#pragma unroll
-  for (int o = 1; o < Share; o *= 2) dot += __shfl_xor_sync(together, dot, o);
   if (mine == 0) y[int64_t(token) * out_features + output] = Number<T>::narrow(product * factor + dot * offset + added);
 }
 

@@ -1,4 +1,4 @@
-// Products with 8 to 128 tokens: three or four warp groups look weights up, a warp brings activations.
+// Products with 8 to 128 tokens: three or four warp groups look weights up, a thread orders activations.
 //
 // A warp keeps to 16 outputs and walks along the columns. ldmatrix.trans of the centroids of 2 vector rows x 16 columns
 // is the A fragment of a wgmma, as in resident.cuh; but the activations are its B operand, which the tensor core reads
@@ -14,8 +14,6 @@ namespace vptq {
 
 constexpr int kRingBytes = 32768;  // of activations
 constexpr int kMostStages = 8;
-constexpr int kMostScaled = 8;  // tokens whose activations are scaled here, if a norm says so: else prepare.cu has
-constexpr int kMostBringers = 4;
 constexpr int kStepBytes = 512;  // of a step's 32 vectors; a warp gathers those of a granule
 constexpr int kFarBytes = kGranule / 16 * kStepBytes;
 
@@ -33,20 +31,13 @@ struct Shape {
   static constexpr int kColumns = N <= 16 ? 256 : N == 32 ? 128 : kAcross;
   static constexpr int kBytes = N * kColumns * 2;
   static constexpr int kStages = kRing / kBytes;
-  static constexpr bool kScales = N <= kMostScaled;
-  static constexpr int kBringers = kScales ? kMostBringers : 1;  // warps that bring activations
-  static constexpr int kThreads = kConsumers + kBringers * 32;
+  static constexpr int kThreads = kConsumers + 32;  // of which one orders activations
   // A thread's, so few where they suffice that a block of finish.cu finds room beside: a quarter of a multiprocessor
   // has 16384 for its four or five warps, and a warp of that block takes 2048.
   static constexpr int kRegisters = N == 128 || kOnly == Kind::kDot || (N == 64 && kOnly == Kind::kFarBytes) ? 128
                                     : kWarps == 16                                                           ? 88
                                                                                                              : 112;
   static_assert(kStages >= 2 && kStages <= kMostStages);
-
-  // Tiles of a job.
-  static __device__ __forceinline__ int count(const Job& job) {
-    return (job.column_end - job.column_begin + kGranule - 1) / kGranule * (kGranule / kColumns);
-  }
 
   // Where 16 columns of a stage, the step `s`, lie in the ring.
   static __device__ __forceinline__ uint32_t place(int stage, int s) {
@@ -56,117 +47,29 @@ struct Shape {
 
 struct Ring {
   uint64_t full[kMostStages], empty[kMostStages];
-  uint64_t landed[kMostStages];  // tiles that are still to be scaled
-  float dots[kMostBringers][kMostScaled];
 
   template <typename Tile>
   __device__ void initialise() {
     for (int i = 0; i < Tile::kStages; i++) {
       initialise_barrier(shared_address(full + i), 1);
       initialise_barrier(shared_address(empty + i), Tile::kWarps);
-      if (Tile::kScales) initialise_barrier(shared_address(landed + i), 1);
     }
   }
 };
 
-// Orders the tile at a column, the `done`-th of this block, once there is room; `barriers` will tell that it is there.
-template <typename Tile>
-__device__ __forceinline__ void order_tile(const CUtensorMap* map, int column, Ring& ring, uint64_t* barriers,
-                                           unsigned done, uint32_t stages) {
-  const int stage = done % Tile::kStages;
-  const uint32_t there = shared_address(barriers + stage);
-  sleep_until_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
-  announce_bulk_copy(there, Tile::kBytes);
-#pragma unroll
-  for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
-    copy_tile(stages + Tile::place(stage, i * Tile::kAcross / 16), map, column, there);
-}
-
-// Orders a job's activations, by one thread; as many tiles are under way as there are stages.
+// Orders activations, by one thread; as many tiles are under way as there are stages.
 template <typename Tile>
 __device__ __forceinline__ void order_activations(const CUtensorMap* map, int first_column, const Job& job, Ring& ring,
-                                                  unsigned done, uint32_t stages) {
-  for (int tile = 0; tile < Tile::count(job); tile++)
-    order_tile<Tile>(map, first_column + job.column_begin + tile * Tile::kColumns, ring, ring.full, done + tile,
-                     stages);
-}
-
-// The same by the warps that bring activations, in turn: they scale them where they lie as the job's norm says, and add
-// up the norm's dot product if the job is to. A lane has eight columns of a tile. `landed`: the parity of the barriers'
-// phases when the job begins, a bit a stage.
-template <typename T, typename Tile, bool kDots>
-__device__ __forceinline__ void scale_activations(const CUtensorMap* map, const Layer& layer, const Tokens& tokens,
-                                                  const Job& job, Ring& ring, unsigned done, unsigned landed,
-                                                  uint32_t stages, float* workspace, int64_t stride) {
-  static_assert(Tile::kColumns == 256 && Tile::kAcross == 64);  // 32 lanes' columns
-  constexpr int kBatch = 2;                                     // tokens loaded together
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - Tile::kWarps, tiles = Tile::count(job);
-  const bool has_scale = job.scale >= 0, has_shift = kDots && job.shift >= 0;
-  float factors[8], shifts[8], dots[kDots ? Tile::N : 1] = {};
-  auto load_norm = [&](int tile) {
-    const int column = job.column_begin + tile * Tile::kColumns + lane * 8;
-    const bool there = column < job.column_end;  // all eight or none; behind the end are zeros
-    auto load = [&](float (&to)[8], bool wanted, int at) {
-      float4 four[2] = {{1.f, 1.f, 1.f, 1.f}, {1.f, 1.f, 1.f, 1.f}};
-      if (wanted && there) {
+                                                  unsigned& done, uint32_t stages) {
+  const int granules = (job.column_end - job.column_begin + kGranule - 1) / kGranule;
+  int column = first_column + job.column_begin;
+  for (int tile = 0; tile < granules * (kGranule / Tile::kColumns); tile++, done++) {
+    const int stage = done % Tile::kStages;
+    sleep_until_phase(shared_address(ring.empty + stage), done / Tile::kStages & 1 ^ 1);
+    announce_bulk_copy(shared_address(ring.full + stage), Tile::kBytes);
 #pragma unroll
-        for (int i = 0; i < 2; i++) four[i] = load_ahead(reinterpret_cast<const float4*>(layer.norm + at + column) + i);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        to[4 * i] = four[i].x, to[4 * i + 1] = four[i].y, to[4 * i + 2] = four[i].z, to[4 * i + 3] = four[i].w;
-    };
-    load(factors, has_scale, job.scale);
-    if (kDots) load(shifts, has_shift, job.shift);
-  };
-  auto order = [&](int tile) {
-    if (lane == 0 && tile < tiles)
-      order_tile<Tile>(map, job.column_begin + tile * Tile::kColumns, ring, ring.landed, done + tile, stages);
-  };
-  load_norm(warp);
-  wait_for_previous();
-  for (int tile = warp; tile < Tile::kStages; tile += Tile::kBringers) order(tile);
-  for (int tile = warp; tile < tiles; tile += Tile::kBringers) {
-    const int stage = (done + tile) % Tile::kStages;
-    wait_for_phase(shared_address(ring.landed + stage), (landed >> stage ^ tile / Tile::kStages) & 1);
-    const uint32_t mine = stages + Tile::place(stage, lane / 8 * 4);
-#pragma unroll
-    for (int first = 0; first < Tile::N; first += kBatch) {
-      if (first >= tokens.count) break;
-      uint4 values[kBatch];
-      auto at = [&](int i) { return mine + (first + i) * 128 + (lane % 8 ^ (first + i) % 8) * 16; };  // as swizzled
-#pragma unroll
-      for (int i = 0; i < kBatch; i++) values[i] = load_shared(at(i));
-#pragma unroll
-      for (int i = 0; i < kBatch; i++) {
-        unsigned* pairs = reinterpret_cast<unsigned*>(&values[i]);
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const float2 pair = unpack<T>(pairs[e]);
-          if (kDots) dots[first + i] += pair.x * shifts[2 * e] + pair.y * shifts[2 * e + 1];
-          pairs[e] = pack(Number<T>::narrow(pair.x * factors[2 * e]), Number<T>::narrow(pair.y * factors[2 * e + 1]));
-        }
-        store_shared(at(i), values[i]);
-      }
-    }
-    show_to_copy_engine();
-    __syncwarp();
-    if (lane == 0) arrive(shared_address(ring.full + stage));
-    if (tile + Tile::kBringers < tiles) load_norm(tile + Tile::kBringers);
-    order(tile + Tile::kStages);
-  }
-  if constexpr (kDots) {
-#pragma unroll
-    for (int t = 0; t < Tile::N; t++) {
-#pragma unroll
-      for (int o = 16; o; o /= 2) dots[t] += __shfl_xor_sync(kAllLanes, dots[t], o);
-      if (lane == t) ring.dots[warp][t] = dots[t];
-    }
-    asm volatile("bar.sync 1, %0;" ::"n"(Tile::kBringers * 32) : "memory");
-    if (warp > 0 || lane >= tokens.count) return;
-    float total = 0.f;
-    for (int w = 0; w < Tile::kBringers; w++) total += ring.dots[w][lane];
-    workspace[lane * stride + job.dot] = total;
+    for (int i = 0; i < Tile::kColumns / Tile::kAcross; i++, column += Tile::kAcross)
+      copy_tile(stages + Tile::place(stage, i * Tile::kAcross / 16), map, column, shared_address(ring.full + stage));
   }
 }
 
@@ -353,7 +256,7 @@ __global__ void __maxnreg__((Shape<N, kOnly>::kRegisters))
   uint4* books = reinterpret_cast<uint4*>(wide_shared + Tile::kRing);
   const int first = starts[blockIdx.x], last = starts[blockIdx.x + 1];
   if (threadIdx.x == 0) ring.initialise<Tile>();
-  unsigned done = 0, landed = 0;  // tiles; see scale_activations
+  unsigned done = 0;  // tiles
   int held = -1, res_held = -1;
   for (int j = first; j < last; j++) {
     __syncthreads();
@@ -379,29 +282,15 @@ __global__ void __maxnreg__((Shape<N, kOnly>::kRegisters))
       }
       __syncthreads();
     }
-    const uint32_t stages = shared_address(wide_shared);
     if (threadIdx.x >= Tile::kConsumers) {
-      const int tiles = Tile::count(job);
-      if (Tile::kScales && (job.scale >= 0 || job.dot >= 0)) {
-        if constexpr (Tile::kScales) {
-          auto scale = [&](auto dots) {
-            scale_activations<T, Tile, decltype(dots)::value>(&maps.x, layer, tokens, job, ring, done, landed, stages,
-                                                              workspace, stride);
-          };
-          job.dot >= 0 ? scale(std::true_type()) : scale(std::false_type());
-        }
-        for (int s = 0; s < Tile::kStages; s++)  // what comes to a stage in this job
-          landed ^= unsigned((tiles + Tile::kStages - 1 - s) / Tile::kStages & 1) << (done + s) % Tile::kStages;
-      } else {
-        wait_for_previous();
-        if (threadIdx.x == Tile::kConsumers)
-          order_activations<Tile>(job.source < 0 ? &maps.x : &maps.prepared, max(job.source, 0), job, ring, done,
-                                  stages);
-        __syncwarp();
-      }
-      done += tiles;
+      wait_for_previous();
+      if (threadIdx.x == Tile::kConsumers)
+        order_activations<Tile>(job.source < 0 ? &maps.x : &maps.prepared, max(job.source, 0), job, ring, done,
+                                shared_address(wide_shared));
+      __syncwarp();
       continue;
     }
+    const uint32_t stages = shared_address(wide_shared);
     switch (kind) {
       case Kind::kBytes:
         consume<T, Tile, Kind::kBytes>(layer, tokens, job, ring, done, stages, books, workspace, stride);

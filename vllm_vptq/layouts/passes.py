@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_vptq.layouts.flat import Flat
-from vllm_vptq.layouts.work import ABSENT, Job, Kind, Module, Variant
+from vllm_vptq.layouts.work import ABSENT, Job, Kind
 from vllm_vptq.parameters import ModuleShard, Segment
 
 SLICE_BITS = 13
@@ -139,25 +139,6 @@ class Pass:
             plane=self.plane,
             width=self.width,
         )
-
-
-@dataclass(frozen=True)
-class Task:
-    """A pass to be worked off by ``job``, which is over all of it, its first slice if it has several.
-
-    ``dots_of``: the module whose norm's dot product is computed along, by whoever has the pass's first rows.
-    """
-
-    pass_: Pass
-    job: Job
-    dots_of: Module | None = None
-
-    def reserve_dots(self, variant: Variant, pieces: int) -> int:
-        """Where the parts of the dot product go, of as many pieces of the columns; ABSENT if nobody wants it."""
-        if self.dots_of is None:
-            return ABSENT
-        self.dots_of.dot, self.dots_of.dots = variant.reserve(pieces), pieces
-        return self.dots_of.dot
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from vllm_vptq.layouts.passes import (
     NormPlace,
     Packed,
     Pass,
-    Task,
     pack,
     store_norm,
 )
@@ -56,8 +55,8 @@ WARP_COLUMNS = 256
 TOKENS = (8, 16, 32, 64, 128)
 """Most tokens of a call, one entry per variant."""
 SCALED_TOKENS = 8
-"""Up to so many, thread blocks scale the activations they want; else a kernel does it first, for all. That also gathers
-what a column list names, and pads what cannot be loaded 16 bytes at a time."""
+"""Up to so many, thread blocks with lists scale the activations they want; else a kernel does it first, for all. That
+also gathers what a column list names, and pads what cannot be loaded 16 bytes at a time."""
 
 
 @dataclass(frozen=True)
@@ -198,19 +197,21 @@ def _few(tokens: int, modules: Sequence[_ModuleParts], gpu: Gpu) -> Variant:
     Books beside lists that fit shared memory are looked up in a launch of wide.cuh, where the GPU has it.
     """
     made = Variant(tokens)
-    passes = [[(p, at) for packed, at in m.segments for p in packed.few] for m in modules]
-    beside = gpu.tensor_groups and any(pass_.kind == Kind.SLICED for own in passes for pass_, _ in own)
-    tasks = _tasks(made, modules, passes, beside)
-    listed = [task.pass_.kind == Kind.SLICED or not beside for task in tasks]
+    jobs = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.few] for m in modules])
+    flat = [both for own in jobs for both in own]
+    listed = [pass_.kind == Kind.SLICED for pass_, _ in flat]
+    if not (gpu.tensor_groups and any(listed)):
+        listed = [True] * len(flat)
     units: list[Unit] = []
-    for task, here in zip(tasks, listed, strict=True):
+    for (pass_, job), here in zip(flat, listed, strict=True):
         if here:
-            units += _units(task, made, gpu.processors)
+            units += _units(pass_, job, made, gpu.processors)
     made.launches.append(Launch(work.cut(units, gpu.processors)))
     if not all(listed):
-        wide.cut(made, [task for task, here in zip(tasks, listed, strict=True) if not here], gpu.processors)
+        apart = [both for both, here in zip(flat, listed, strict=True) if not here]
+        wide.cut(made, apart, gpu.processors)
     # The parts of a module follow each other.
-    made_as = sorted(range(len(tasks)), key=lambda i: not listed[i])
+    made_as = sorted(range(len(flat)), key=lambda i: not listed[i])
     made.parts = [part for _, part in sorted(zip(made_as, made.parts, strict=True), key=lambda both: both[0])]
     return made
 
@@ -218,57 +219,60 @@ def _few(tokens: int, modules: Sequence[_ModuleParts], gpu: Gpu) -> Variant:
 def _wide(tokens: int, modules: Sequence[_ModuleParts], processors: int) -> Variant:
     """The variant of calls of up to ``tokens`` by csrc/cuda/wide.cuh."""
     made = Variant(tokens)
-    tasks = _tasks(made, modules, [[(p, at) for packed, at in m.segments for p in packed.wide] for m in modules], True)
-    wide.cut(made, tasks, processors)
+    jobs = _jobs(made, modules, [[(p, at) for packed, at in m.segments for p in packed.wide] for m in modules])
+    wide.cut(made, [both for own in jobs for both in own], processors)
     return made
 
 
-def _tasks(
-    made: Variant, modules: Sequence[_ModuleParts], passes: Sequence[Sequence[tuple[Pass, int]]], by_wide: bool
-) -> list[Task]:
-    """What is to be done for each module's passes, given with their column lists; adds records. A pass has one part.
+def _jobs(
+    made: Variant, modules: Sequence[_ModuleParts], passes: Sequence[Sequence[tuple[Pass, int]]]
+) -> list[list[tuple[Pass, Job]]]:
+    """Jobs over all of each module's passes, given with their column lists; adds records. A pass has one part.
 
-    ``by_wide``: passes without lists are looked up by wide.cuh. With many tokens, where resident.cuh looks up, and
-    where columns do not lie as a thread block wants them, activations and a norm's dot products are left to a kernel
-    before.
+    Activations and a norm's dot products are left to a kernel before, except where all is in lists.
     """
-    tasks: list[Task] = []
+    found, first = [], 0
     for module, own in zip(modules, passes, strict=True):
-        todo = [Task(pass_, pass_.job(module.place, at)) for pass_, at in own]
-        record = module.record(len(tasks), len(todo))
-        by_themselves = all(_as_in_memory(task) and (by_wide or task.pass_.kind == Kind.SLICED) for task in todo)
-        if made.max_tokens > SCALED_TOKENS or not by_themselves:
-            todo = _prepare(made, record, module, todo)
-        elif module.place.scale != ABSENT and todo:
-            first = next((i for i, task in enumerate(todo) if task.pass_.kind == Kind.SLICED), 0)
-            todo[first] = replace(todo[first], dots_of=record)
+        jobs = [(pass_, pass_.job(module.place, at)) for pass_, at in own]
+        record = module.record(first, len(jobs))
+        first += len(jobs)
+        listed = all(pass_.kind == Kind.SLICED and _as_in_memory(pass_, job) for pass_, job in jobs)
+        if made.max_tokens > SCALED_TOKENS or not listed:
+            jobs = _prepare(made, record, module, jobs)
+        elif module.place.scale != ABSENT:
+            (pass_, job), *others = jobs
+            record.dots = len(_column_ranges(pass_, made.max_tokens, 1))
+            record.dot = made.reserve(record.dots)
+            jobs = [(pass_, replace(job, dot=record.dot)), *others]
         made.modules.append(record)
-        tasks += todo
-    return tasks
+        found.append(jobs)
+    return found
 
 
-def _as_in_memory(task: Task) -> bool:
+def _as_in_memory(pass_: Pass, job: Job) -> bool:
     """Whether a pass takes its columns as they lie in the input, where it can load them 16 bytes at a time."""
-    return task.job.column_list == ABSENT and task.pass_.segment.num_columns % 8 == 0
+    return job.column_list == ABSENT and pass_.segment.num_columns % 8 == 0
 
 
-def _prepare(made: Variant, record: Module, module: _ModuleParts, tasks: Sequence[Task]) -> list[Task]:
-    """A module's tasks, which find their activations scaled and gathered; what does that is added to the variant."""
+def _prepare(
+    made: Variant, record: Module, module: _ModuleParts, jobs: Sequence[tuple[Pass, Job]]
+) -> list[tuple[Pass, Job]]:
+    """A module's jobs, which find their activations scaled and gathered; what does that is added to the variant."""
     places: dict[tuple[int, int], int] = {}
 
-    def prepared(task: Task) -> Task:
-        job, columns = task.job, task.pass_.segment.num_columns
+    def prepared(pass_: Pass, job: Job) -> Job:
+        columns = pass_.segment.num_columns
         key = (job.scale, job.column_list)
-        if job.scale == ABSENT and _as_in_memory(task):
-            return task
+        if job.scale == ABSENT and _as_in_memory(pass_, job):
+            return job
         if key not in places:
             places[key] = made.prepared_columns
             made.preparations.append(Preparation(*key, 0, columns, at=places[key]))
             made.prepared_columns += -(-columns // wide.GRANULE_COLUMNS) * wide.GRANULE_COLUMNS
-        return replace(task, job=replace(job, scale=ABSENT, column_list=ABSENT, source=places[key]))
+        return replace(job, scale=ABSENT, column_list=ABSENT, source=places[key])
 
     first = len(made.preparations)
-    own = [prepared(task) for task in tasks]
+    own = [(pass_, prepared(pass_, job)) for pass_, job in jobs]
     place, columns = module.place, module.shard.in_features
     if place.scale == ABSENT:
         return own
@@ -283,12 +287,10 @@ def _prepare(made: Variant, record: Module, module: _ModuleParts, tasks: Sequenc
     return own
 
 
-def _units(task: Task, variant: Variant, processors: int) -> list[Unit]:
+def _units(pass_: Pass, whole: Job, variant: Variant, processors: int) -> list[Unit]:
     """Cuts a pass by columns and slices, reserves its sums, and adds its part to the variant."""
-    pass_, whole = task.pass_, task.job
     segment = pass_.segment
     ranges = _column_ranges(pass_, variant.max_tokens, processors)
-    dot = task.reserve_dots(variant, len(ranges))
     width = pass_.width
     splits, sums = len(ranges) * pass_.slices, pass_.rows * width + 8  # pairs of rows: one more
     at = variant.reserve(splits * sums)
@@ -303,7 +305,7 @@ def _units(task: Task, variant: Variant, processors: int) -> list[Unit]:
             res_book=whole.res_book if whole.res_book == ABSENT else whole.res_book + slice_ * pass_.slice_rows,
             lists=pass_.lists + slice_ * pass_.rows * pass_.list_tiles,
             out=at + (slice_ * len(ranges) + i) * sums,
-            dot=ABSENT if dot == ABSENT or slice_ else dot + i,
+            dot=ABSENT if whole.dot == ABSENT or slice_ else whole.dot + i,
         )
         for slice_ in range(pass_.slices)
         for i, (begin, end) in enumerate(ranges)

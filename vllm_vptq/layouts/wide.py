@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vllm_vptq.layouts import work
-from vllm_vptq.layouts.passes import LARGE_RING_BYTES, RING_BYTES, Pass, Task
+from vllm_vptq.layouts.passes import LARGE_RING_BYTES, RING_BYTES, Pass
 from vllm_vptq.layouts.work import ABSENT, Job, Kind, Launch, Part, Unit, Variant
 
 COUNTED_SUMS = 64
@@ -41,26 +41,21 @@ class Strip:
     begin: int
 
 
-def cut(made: Variant, tasks: Sequence[Task], processors: int) -> None:
-    """Adds a launch to a variant, and the parts of its passes, in their order."""
+def cut(made: Variant, passes: Sequence[tuple[Pass, Job]], processors: int) -> None:
+    """Adds a launch to a variant, and the parts of its passes, in their order; given with jobs over all of them."""
     tokens = made.max_tokens
     strips: list[Strip] = []
     units: list[Unit] = []
-    kinds = {task.pass_.kind for task in tasks}
+    kinds = {pass_.kind for pass_, _ in passes}
     launch = Launch(wide=int(kinds.pop() if len(kinds) == 1 else Kind.DOT))
     made.launches.append(launch)
     most = tiles(tokens, launch.wide)
-    for part, task in enumerate(tasks, len(made.parts)):
-        for begin in range(0, task.pass_.tiles, most):
-            strips.append(Strip(task.pass_, part, begin))
-            units.append(_unit(task.pass_, task.job, tokens, most))
+    for part, (pass_, job) in enumerate(passes, len(made.parts)):
+        for begin in range(0, pass_.tiles, most):
+            strips.append(Strip(pass_, part, begin))
+            units.append(_unit(pass_, job, tokens, most))
     pieces = work.divide(units, processors)
-    splits = _place_sums(made, [task.pass_ for task in tasks], strips, pieces, most)
-    owners = [task for task in tasks for _ in range(0, task.pass_.tiles, most)]
-    dots = [
-        ABSENT if strip.begin else task.reserve_dots(made, count)
-        for strip, task, count in zip(strips, owners, splits, strict=True)
-    ]
+    splits = _place_sums(made, [pass_ for pass_, _ in passes], strips, pieces, most)
     seen = [0] * len(strips)
     for block in pieces:
         jobs = []
@@ -75,7 +70,6 @@ def cut(made: Variant, tasks: Sequence[Task], processors: int) -> None:
                     column_begin=begin * GRANULE_COLUMNS,
                     column_end=min(whole.column_end, end * GRANULE_COLUMNS),
                     out=part_.out + seen[u] * part_.stride,
-                    dot=ABSENT if dots[u] == ABSENT else dots[u] + seen[u],
                 )
             )
             seen[u] += 1
