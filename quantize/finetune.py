@@ -123,7 +123,8 @@ def tune_model(
         ids = batches[training.step % len(batches)]
         with torch.no_grad():
             wanted = torch.log_softmax(teacher(ids, use_cache=False).logits.flatten(0, 1).float(), -1)
-        with torch.autocast(device_type, torch.bfloat16):
+        # CPUs without units for bfloat16, most of them, take longer with it.
+        with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
             logits = student(ids, use_cache=False).logits.flatten(0, 1)
         found = torch.log_softmax(logits.float(), -1)
         loss = nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)

@@ -120,11 +120,11 @@ class Batch:
         self.hidden.copy_(hidden)
 
     def ordinary(self) -> Batch:
-        """A copy that autograd can save; what inference mode made, it refuses."""
+        """A copy in float32 that autograd can save; what inference mode made, it refuses."""
 
         def copied(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.clone()
+                return value.to(torch.float32, copy=True) if value.is_floating_point() else value.clone()
             if isinstance(value, (tuple, list)):
                 return type(value)(copied(item) for item in value)
             return {key: copied(item) for key, item in value.items()} if isinstance(value, dict) else value

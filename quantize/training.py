@@ -31,11 +31,11 @@ def finetune_block(
     copy_ = Block(block.name, copy.deepcopy(block.module), {})
     coded = _coded_linears(run, plan, [name for name in block.linears if name in plan.specs])
     replace_linears(copy_.module, ((name.removeprefix(prefix), module) for name, module in coded.items()))
+    copy_.module.float()  # what is left dense, beside norms that are trained in float32
     settings = run.recipe.finetune_blocks
     training = Training(trainable(copy_.module), settings.rate, settings.steps)
-    inputs = [batch.ordinary() for batch in batches]
     with repeatable_gradients(run.device):
-        errors = tune_block(lambda j: inputs[j].run(i, copy_.module), wanted, training)
+        errors = tune_block(lambda j: batches[j].ordinary().run(i, copy_.module), wanted, training)
     parameters = {f"{prefix}{name}": parameter for name, parameter in training.parameters.items()}
     before, after = errors
     record = {"block": block.name, "error_before": before, "error": after, "steps": settings.steps}
@@ -67,7 +67,7 @@ def put_tuned(run: Run, plan: Plan, block: Block) -> None:
 
 
 def _coded_linears(run: Run, plan: Plan, names: list[str]) -> dict[str, CodedLinear]:
-    """Coded linears to be trained, with biases of their own, as their block's training left them."""
+    """Coded linears to be trained, with biases of their own in float32, as their block's training left them."""
     coded = {}
     kept = _KEPT_BYTES * sum(math.prod(plan.specs[name].shape) for name in names)
     recompute = run.device.type == "cuda" and kept > free_memory(run.device) // 4
@@ -75,7 +75,8 @@ def _coded_linears(run: Run, plan: Plan, names: list[str]) -> dict[str, CodedLin
         tensors = {key: tensor.to(run.device) for key, tensor in run.tensors(name).items()}
         bias = run.model.get_submodule(name).bias
         if bias is not None:
-            bias = nn.Parameter(run.trained(name).get(f"{name}.bias", bias.detach()).to(run.device, copy=True))
+            bias = run.trained(name).get(f"{name}.bias", bias.detach())
+            bias = nn.Parameter(bias.to(run.device, torch.float32, copy=True))
         coded[name] = CodedLinear(tensors, plan.specs[name], bias, recompute)
     return coded
 
@@ -96,6 +97,8 @@ def _finetune_model(run: Run, plan: Plan) -> None:
     with torch.no_grad():
         student = _copy_without(run.model, coded)
     replace_linears(student, coded.items())
+    if run.device.type == "cpu":
+        student.float()
     for name, parameter in student.named_parameters():
         trained = run.trained(name).get(name)
         if trained is not None and name.rpartition(".")[0] not in coded:  # a norm

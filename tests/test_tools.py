@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
 from quantize import blocks, evaluate, pipeline
 from quantize.errors import QuantizeError
@@ -26,9 +27,9 @@ from quantize.model import load_shapes
 from quantize.parts import Parts
 from quantize.plot import draw
 from quantize.push import model_card, upload
-from quantize.recipe import BlockTuning, Finetuning, Recipe
+from quantize.recipe import BlockTuning, Finetuning, Recipe, Rule
 from quantize.report import REPORT, Report
-from tests.tiny import COARSE, FINE, ROOT, TEXT, run
+from tests.tiny import COARSE, FINE, ROOT, TEXT, make_model, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
 CPU = torch.device("cpu")
@@ -279,6 +280,20 @@ def test_blocks_are_written_as_they_were_trained(tied: Path, text_file: Path, tm
             assert after < 0.85 * before
             error = float(((out - wanted).square().mean(-1) / wanted.square().mean(-1)).mean())
             assert error == pytest.approx(after, rel=1e-4)  # not exactly: books are rounded when they are written
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, GPTNeoXForCausalLM])
+def test_bfloat16_is_trained_beside_linears_left_dense(
+    kind: type, text_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    source = make_model(tmp_path / "source", kind, torch.bfloat16)
+    training = {"finetune": Finetuning(steps=4, tokens=256), "finetune_blocks": BlockTuning(steps=20)}
+    rules = (Rule(match="*.v_proj", skip=True), Rule(match="*.dense", skip=True))
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),), "rules": rules} | training)
+    run(source, tmp_path / "out", recipe)
+    records = [json.loads(line) for line in (tmp_path / "out" / REPORT).read_text().splitlines()]
+    assert all(record["error"] < record["error_before"] for record in records if "block" in record)
+    assert len(records[-1]["losses"]) == 4
 
 
 def test_the_report_tells_every_layer(fine: Path, tmp_path: Path) -> None:

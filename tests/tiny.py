@@ -16,7 +16,7 @@ from torch import Tensor
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quantize.evaluate import evaluation_text
 from quantize.pipeline import quantize_model
@@ -39,9 +39,9 @@ def make_model(folder: Path, model: type = LlamaForCausalLM, dtype: torch.dtype 
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
     common = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.15}
-    if model is LlamaForCausalLM:
+    if model is not GPT2LMHeadModel:
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-        made = model(LlamaConfig(**common | sizes | {"max_position_embeddings": 256} | more))
+        made = model(model.config_class(**common | sizes | {"max_position_embeddings": 256} | more))
     else:
         made = model(GPT2Config(**common, n_embd=32, n_layer=2, n_head=2, **more))
     for name, parameter in made.named_parameters():
