@@ -39,12 +39,13 @@ class FakeMachine:
         self.monkeypatch.setattr(
             torch.cuda,
             "get_device_properties",
-            lambda index: SimpleNamespace(
+            lambda device: SimpleNamespace(
                 name="Fake GPU",
-                major=capabilities[index][0],
-                minor=capabilities[index][1],
+                major=capabilities[device.index][0],
+                minor=capabilities[device.index][1],
                 total_memory=80 * 2**30,
-                shared_memory_per_block_optin=(227 if capabilities[index][0] in (9, 10) else 163) * 1024,
+                multi_processor_count=99,
+                shared_memory_per_block_optin=(227 if capabilities[device.index][0] in (9, 10) else 163) * 1024,
             ),
         )
 

@@ -18,7 +18,7 @@ from tests.shards import CPU
 from tests.strategies import few, random_tensors
 from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError
-from vllm_vptq.format import LayerSpec, dequantize
+from vllm_vptq.format import LayerSpec, dequantize, parse_format
 from vllm_vptq.layouts import choice, compact, stationary, streams, work
 from vllm_vptq.layouts.work import Job, Kind, Unit
 from vllm_vptq.parameters import cut_module
@@ -37,9 +37,41 @@ def never() -> str:
 
 @pytest.mark.parametrize(("major", "tensor_groups"), [(8, False), (9, True), (10, False), (12, False)])
 def test_hardware(major, tensor_groups, monkeypatch):
-    properties = SimpleNamespace(multi_processor_count=99, major=major, minor=0)
+    properties = SimpleNamespace(
+        multi_processor_count=99, major=major, minor=0, shared_memory_per_block_optin=163 << 10
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert stationary.Gpu.of(GPU) == stationary.Gpu(99, tensor_groups)
+    assert stationary.Gpu.of(GPU) == stationary.Gpu(99, tensor_groups, 163 << 10)
+
+
+@pytest.mark.parametrize(
+    ("kib", "most", "served"),
+    [
+        (99, 4096, {"v8-k256-256", "v6-k4096", "v12-k4096-4096", "v4-k16"}),
+        (163, 8192, {"v8-k256-256", "v6-k4096", "v12-k4096-4096", "v4-k16", "v8-k8192", "v8-k8192-256"}),
+        (227, 8192, {"all"}),
+    ],
+)
+def test_books_that_fit_less_shared_memory(kib, most, served):
+    """Of Ada and consumer cards, the A100, and Hopper, which has lists for the others."""
+    hardware = stationary.Gpu(108, False, kib << 10)
+    assert hardware.most_entries == most
+    for name in (
+        "v8-k256-256",
+        "v6-k4096",
+        "v12-k4096-4096",
+        "v4-k16",
+        "v8-k8192",
+        "v8-k8192-256",
+        "v8-k65536",
+        "v8-k256-65536",
+    ):
+        v, k, r = parse_format(name)
+        layer = shards(LayerSpec(96, 48, v, k, r))
+        assert hardware.serves(layer) == (name in served or served == {"all"}), name
+        if not hardware.serves(layer):
+            with pytest.raises(ValueError, match="do not fit"):
+                stationary.build(layer, torch.float16, CPU, hardware, 48)
 
 
 def test_on_a_cpu():

@@ -63,11 +63,20 @@ def require(layout: str) -> None:
 class Layer:
     """A fused layer of the given modules (None: a dense one of 24 rows) and its weight in float64."""
 
-    def __init__(self, specs: list[LayerSpec | None], dtype: torch.dtype, layout: str, rows=None, columns=None) -> None:
-        require(layout)
+    def __init__(
+        self,
+        specs: list[LayerSpec | None],
+        dtype: torch.dtype,
+        layout: str,
+        rows=None,
+        columns=None,
+        hardware: stationary.Gpu | None = None,
+    ) -> None:
+        if hardware is None:
+            require(layout)
         self.dtype = dtype
         self.shards, self.weight = fused_layer(specs, dtype, rows, columns, DEVICE)
-        hardware = stationary.Gpu.of(DEVICE)
+        hardware = hardware or stationary.Gpu.of(DEVICE)
         self.in_features = self.shards[0].in_features
         if layout == "compact":
             small = compact.build(self.shards, dtype, DEVICE)
@@ -119,6 +128,18 @@ def test_formats(name, layout, extra):
         extras = EXTRAS[extra]
         in_features = 300 + extras.get("outlier_size", 0)
         layer = Layer([LayerSpec(in_features, 117, **FORMATS[name], **extras)], dtype, layout)
+        for count in TOKENS:
+            layer.check(layer.tokens(count))
+
+
+@pytest.mark.parametrize("kib", [99, 163])
+@pytest.mark.parametrize("extra", ["column norm", "groups"])
+@pytest.mark.parametrize("name", ["v8-k256-256", "v8-k4096", "v6-k4096", "v12-k4096-4096", "v4-k16-8", "v20-k512-4"])
+def test_less_shared_memory(name, extra, kib):
+    """As on cards before Hopper, without warp groups."""
+    hardware = stationary.Gpu(stationary.Gpu.of(DEVICE).processors, False, kib << 10)
+    for dtype in DTYPES:
+        layer = Layer([LayerSpec(300, 117, **FORMATS[name], **EXTRAS[extra])], dtype, "stationary", hardware=hardware)
         for count in TOKENS:
             layer.check(layer.tokens(count))
 

@@ -26,6 +26,7 @@ from tests.packers import (
     LANE_OF_ROW,
     LANES,
     LARGE_RING_BYTES,
+    OWN_SHARED_BYTES,
     RING_BYTES,
     SLICE_ROWS,
     SPAN_TILES,
@@ -589,6 +590,22 @@ def test_which_kernel_serves(names, wide, most, beside):
         for tokens in (3, 13, 69):
             expected_y = x[:tokens] @ weight.double().numpy().T
             np.testing.assert_allclose(kernels.linear(x[:tokens]), expected_y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kib", [99, 163])
+@pytest.mark.parametrize("extra", ["column norm", "groups"])
+@pytest.mark.parametrize("name", ["v8-k256-256", "v6-k4096", "v12-k4096-64", "v20-k512-4"])
+def test_less_shared_memory(name, extra, kib):
+    """Of cards before Hopper: books are in fewer images there."""
+    shards, weight = fused_layer([LayerSpec(480, 61, **FORMATS[name], **EXTRAS[extra])])
+    layout = stationary.build(shards, torch.float16, CPU, stationary.Gpu(108, False, kib << 10), 64)
+    kernels = Kernels(layout)
+    assert kernels.plan.shared_bytes + OWN_SHARED_BYTES <= kib << 10
+    x = np.random.default_rng(2).standard_normal((21, 480))
+    for tokens in (3, 13, 21):
+        expected = x[:tokens] @ weight.double().numpy().T
+        np.testing.assert_allclose(kernels.linear(x[:tokens]), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(kernels.weight(40), weight.double().numpy(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ constexpr int kDecodeThreads = kDecodeWarps * 32;
 constexpr int kSpanColumns = kDecodeWarps * kStripColumns;  // of a block
 constexpr int kMostDecodings = 8;                           // of a launch, whose arguments they are
 constexpr int kCopiesAhead = 2;                             // rows whose vectors are
-constexpr int kMostImageRows = 14000;                       // of two books, in 227 KiB of shared memory
-constexpr int kMultiprocessorBytes = 228 * 1024;            // of shared memory, of which each block takes 1 KiB more
+constexpr int kOwnBytes = 1024;                             // of shared memory, that each block takes more
 constexpr int kRowBytes = 2 * 32 * 16;                      // that a warp copies for a row
 constexpr int kCopiedBytes = kDecodeWarps * kCopiesAhead * kRowBytes;
 
@@ -358,8 +357,21 @@ struct Looks {
   bool operator==(const Looks& other) const { return main == other.main && residual == other.residual; }
 };
 
+// Shared memory, in bytes: all of a multiprocessor's, and what a block may have.
+struct SharedMemory {
+  int multiprocessor, block;
+
+  cudaError_t find(int device) {
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    if (error != cudaSuccess) return error;
+    return cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  int rows() const { return (block - 8 * kOwnBytes) / 16; }  // of images, with some to spare
+};
+
 // How the books of a decoding are looked up. What has no kernel of its own, or no room, is copied.
-Looks looks_of(const Decoding& d) {
+Looks looks_of(const Decoding& d, int most_rows) {
   auto look = [](int kind) {
     if (kind < 0) return Look::kNone;
     return Kind(kind) == Kind::kFar ? Look::kCopied : Kind(kind) == Kind::kShorts ? Look::kShorts : Look::kBytes;
@@ -367,8 +379,7 @@ Looks looks_of(const Decoding& d) {
   if (Kind(d.job.kind) == Kind::kBytePairs) return {Look::kBytes, Look::kBytes};
   const Looks looks{look(d.job.kind), look(d.residual.kind)};
   if (looks.residual == Look::kNone || looks == Looks{Look::kCopied, Look::kBytes}) return looks;
-  if (looks == Looks{Look::kShorts, Look::kShorts} && d.job.book_rows + d.residual.book_rows <= kMostImageRows)
-    return looks;
+  if (looks == Looks{Look::kShorts, Look::kShorts} && d.job.book_rows + d.residual.book_rows <= most_rows) return looks;
   return {Look::kCopied, Look::kCopied};
 }
 
@@ -405,8 +416,10 @@ void divide(Decodings& all, int blocks) {
 cudaError_t decode(Type type, const Layer& layer, const Decoding* decodings, int count, int64_t stride,
                    cudaStream_t stream) {
   int device, processors;
+  SharedMemory memory;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = memory.find(device);
   if (error != cudaSuccess) return error;
 
   Decodings some = {};
@@ -414,16 +427,16 @@ cudaError_t decode(Type type, const Layer& layer, const Decoding* decodings, int
   auto go = [&](auto kernel, int at_once, const Looks& looks) {
     int bytes = 0;
     for (int i = 0; i < some.count; i++) bytes = std::max(bytes, shared_bytes(looks, some.of[i]));
-    at_once = std::min(at_once, kMultiprocessorBytes / (bytes + 1024));
+    at_once = std::min(at_once, memory.multiprocessor / (bytes + kOwnBytes));
     divide(some, processors * at_once);
-    some.hot = std::max(0, kMostImageRows - bytes / 16);
+    some.hot = std::max(0, memory.rows() - bytes / 16);
     int hot = 0;
     for (int i = 0; i < some.count && looks.main == Look::kCopied; i++)
       hot = std::max(hot, hot_rows(some.of[i].job, some.hot));
     bytes += hot * 16;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    const int percent =
-        std::min(100, (at_once * (bytes + 1024) * 100 + kMultiprocessorBytes - 1) / kMultiprocessorBytes);
+    const int all = memory.multiprocessor;
+    const int percent = std::min(100, (at_once * (bytes + kOwnBytes) * 100 + all - 1) / all);
     if (error == cudaSuccess)
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent);
     if (error == cudaSuccess)
@@ -442,7 +455,7 @@ cudaError_t decode(Type type, const Layer& layer, const Decoding* decodings, int
     };
     for (int i = 0; i < count && error == cudaSuccess; i++) {
       const Decoding& d = decodings[i];
-      if (!(looks_of(d) == looks)) continue;
+      if (!(looks_of(d, memory.rows()) == looks)) continue;
       // Rows of 16 outputs, or of two vectors, that touch the window.
       const int outputs = d.job.width == 16 ? d.part.vector_len : 2 * d.part.vector_len;
       const int first = (d.window.begin + d.part.skip) / outputs;

@@ -6,14 +6,18 @@ import os
 import platform
 import subprocess
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_vptq.build import BuildError, cpu
 from vllm_vptq.build.cuda import ninja_folder
 from vllm_vptq.build.toolkit import OLDEST, Capability, find_toolkit, fitting_toolkit
 from vllm_vptq.doctor.fact import Fact
-from vllm_vptq.layouts import choice, memory
+from vllm_vptq.layouts import choice, memory, stationary
+
+if TYPE_CHECKING:
+    import torch
 
 # Those that a kernel here or a library below it makes use of; a processor lists a hundred.
 _INSTRUCTIONS = (
@@ -32,13 +36,17 @@ _INSTRUCTIONS = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU, the layouts of weights that it has kernels for, and how many of it there are."""
+    """A kind of GPU, and how many of it there are.
+
+    ``layouts`` of weights may be chosen for it; ``most_entries``: of books that its shared memory holds.
+    """
 
     name: str
     capability: Capability
     memory: int
     layouts: tuple[str, ...]
-    count: int
+    most_entries: int
+    count: int = 1
 
     def __str__(self) -> str:
         major, minor = self.capability
@@ -64,11 +72,17 @@ def gpus() -> tuple[Gpu, ...]:
 
     if not torch.cuda.is_available():
         return ()
-    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    kinds = Counter(
-        (each.name, (each.major, each.minor), each.total_memory, choice.available_with(each)) for each in properties
-    )
-    return tuple(Gpu(*kind, count) for kind, count in kinds.items())
+    kinds = Counter(_gpu(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+    return tuple(replace(gpu, count=count) for gpu, count in kinds.items())
+
+
+def _gpu(device: torch.device) -> Gpu:
+    import torch
+
+    properties, hardware = torch.cuda.get_device_properties(device), stationary.Gpu.of(device)
+    capability = (properties.major, properties.minor)
+    layouts = choice.available(device)
+    return Gpu(properties.name, capability, properties.total_memory, layouts, hardware.most_entries)
 
 
 def gpu_facts(seen: tuple[Gpu, ...]) -> list[Fact]:
@@ -97,8 +111,10 @@ def _layouts_fact(gpu: Gpu) -> Fact:
         return Fact("layouts", "none")
     value = ", ".join(gpu.layouts)
     if gpu.layouts == (memory.COMPACT,):
-        kib = choice.SHARED_BYTES // 1024
-        value += f" alone, which saves memory and is slower than dense weights: others need {kib} KiB of shared memory"
+        value += (
+            f", which saves memory and is slower than dense weights; {choice.LAYOUT}={memory.STATIONARY}, for books of "
+            f"up to {gpu.most_entries} entries, is meant to be faster, but has never run on such a GPU"
+        )
     return Fact("layouts", value)
 
 

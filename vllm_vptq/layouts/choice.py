@@ -17,18 +17,16 @@ from tqdm.auto import tqdm
 
 from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError, cuda_extension
-from vllm_vptq.build.toolkit import HOPPER
 from vllm_vptq.layouts import compact, memory, stationary, streams
 from vllm_vptq.layouts.conditioned import condition
 from vllm_vptq.layouts.memory import ALIGNED, COMPACT, STATIONARY
+from vllm_vptq.layouts.passes import SHARED_BYTES
 from vllm_vptq.parameters import ModuleShard
 
 logger = logging.getLogger("vllm." + __name__)  # vLLM's handler shows it
 
 LAYOUT = "VLLM_VPTQ_LAYOUT"
 CHOICES = ("auto", *memory.LAYOUTS)
-SHARED_BYTES = 227 * 1024
-"""Shared memory that a thread block must be able to have for books: Hopper's and Blackwell's server cards."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,14 @@ def lay_out(
 
     RuntimeError if this GPU has no such layout.
     """
-    hardware, served = stationary.Gpu.of(device), available(device)
-    if kind not in served:
-        need = (
-            "the warp-group products of Hopper" if kind == ALIGNED else f"{SHARED_BYTES // 1024} KiB of shared memory"
-        )
-        raise RuntimeError(f"{LAYOUT}={kind} needs {need}, which this GPU lacks; use auto or {' or '.join(served)}")
+    hardware = stationary.Gpu.of(device)
+    need = None
+    if kind == ALIGNED and not hardware.tensor_groups:
+        need = "the warp-group products of Hopper"
+    elif kind == STATIONARY and not hardware.serves(shards):
+        need = f"shared memory for books of more than {hardware.most_entries} entries"
+    if need:
+        raise RuntimeError(f"{LAYOUT}={kind} needs {need}, which this GPU lacks; use auto or {COMPACT}")
     if kind == COMPACT:
         small = compact.build(shards, dtype, device)
         made = streams.build(small, shards[0].in_features, hardware.processors, direct_tokens)
@@ -93,15 +93,14 @@ def lay_out(
 
 
 def available(device: torch.device) -> tuple[str, ...]:
-    """The layouts that a GPU has kernels for."""
-    return available_with(torch.cuda.get_device_properties(device))
+    """The layouts that ``auto`` may choose from.
 
-
-def available_with(properties: Any) -> tuple[str, ...]:
-    """Those of a GPU with these ``torch.cuda.get_device_properties``."""
-    if properties.shared_memory_per_block_optin < SHARED_BYTES:
+    Where not all books fit shared memory, ``stationary`` has not run yet on such a card, and is for who asks for it.
+    """
+    hardware = stationary.Gpu.of(device)
+    if hardware.shared_bytes < SHARED_BYTES:
         return (COMPACT,)
-    return memory.LAYOUTS if (properties.major, properties.minor) == HOPPER else (COMPACT, STATIONARY)
+    return memory.LAYOUTS if hardware.tensor_groups else (COMPACT, STATIONARY)
 
 
 def _of(

@@ -21,8 +21,10 @@ RING_BYTES = 32 * 1024
 """Of activations in csrc/cuda/wide.cuh, of sums in resident.cuh; images of the books lie behind."""
 LARGE_RING_BYTES = 64 * 1024
 """Of activations for 128 tokens, where books leave room."""
-IMAGE_BYTES = 192 * 1024
-"""For images of a book: of the 227 KiB a block can have, less the buffers."""
+SHARED_BYTES = 227 * 1024
+"""That a thread block can have on Hopper's and Blackwell's server cards."""
+SPARE_BYTES = 3 * 1024
+"""Of that, for what kernels hold beside books and the ring."""
 FAR_BYTES = 12 * 8 * 1024
 """Of vectors that the 12 warps of a block gather."""
 SLICED_BYTES = (SLICE_ROWS + 2 * (TILE_COLUMNS + 8)) * 16
@@ -153,11 +155,26 @@ class Packed:
     decoded: list[tuple[Pass, Pass | None]]
 
 
-def pack(segment: Segment, codes: Flat, books: Flat, lists: bool) -> Packed:
+def image_bytes(shared_bytes: int) -> int:
+    """For images of books, of the shared memory that a thread block can have."""
+    return shared_bytes - SPARE_BYTES - RING_BYTES
+
+
+def resident(segment: Segment, shared_bytes: int) -> bool:
+    """Whether a segment's books fit shared memory, each for itself, or both together if they are small."""
+    entries = [(segment.book.shape[0], segment.index_bits)]
+    if segment.res_book is not None and segment.res_bits:
+        entries.append((segment.res_book.shape[0], segment.res_bits))
+    sizes = [_round8(n) * 16 * (8 if bits <= 8 else 1) for n, bits in entries]
+    small = all(bits <= 8 for _, bits in entries)
+    return max(n for n, _ in entries) <= SLICE_ROWS and (sum if small else max)(sizes) <= image_bytes(shared_bytes)
+
+
+def pack(segment: Segment, codes: Flat, books: Flat, lists: bool, shared_bytes: int = SHARED_BYTES) -> Packed:
     """Packs a segment's indices and stores its books; ``lists``: also those of large books, for few tokens."""
     rows = segment.words.shape[0]
     words = torch.cat([segment.words.flatten(), segment.words.new_zeros(1)])[:-1].view(rows, -1)
-    return _Packer(segment, words, codes, books).packed(lists)
+    return _Packer(segment, words, codes, books, shared_bytes).packed(lists)
 
 
 @dataclass(frozen=True)
@@ -174,8 +191,9 @@ class _Book:
 
 
 class _Packer:
-    def __init__(self, segment: Segment, words: Tensor, codes: Flat, books: Flat) -> None:
+    def __init__(self, segment: Segment, words: Tensor, codes: Flat, books: Flat, shared_bytes: int) -> None:
         self.segment, self.words, self.codes, self.books = segment, words, codes, books
+        self.image_bytes = image_bytes(shared_bytes)
         self.main = _Book(segment.book, 0, segment.index_bits)
         self.residual = None
         if segment.res_book is not None and segment.res_bits:
@@ -215,7 +233,7 @@ class _Packer:
 
     def _resident(self, book: _Book, plane: int) -> Pass:
         kind, rows = Kind.BYTES if book.width <= 8 else Kind.SHORTS, book.entries.shape[0]
-        copies = 8 if kind == Kind.BYTES else max(1, min(3, IMAGE_BYTES // (16 * _round8(rows))))
+        copies = 8 if kind == Kind.BYTES else max(1, min(3, self.image_bytes // (16 * _round8(rows))))
         codes, row_words = self._codes(kind, book, None, rows, copies, 8)
         return Pass(kind, self.segment, plane, codes, row_words, self._plane(book, plane), rows, copies=copies)
 

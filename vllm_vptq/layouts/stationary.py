@@ -24,12 +24,15 @@ from vllm_vptq.layouts import wide, work
 from vllm_vptq.layouts.flat import Flat
 from vllm_vptq.layouts.passes import (
     COLUMNS_PER_LOAD,
+    SHARED_BYTES,
     SLICE_ROWS,
     TILE_COLUMNS,
     NormPlace,
     Packed,
     Pass,
+    image_bytes,
     pack,
+    resident,
     store_norm,
 )
 from vllm_vptq.layouts.work import (
@@ -66,11 +69,28 @@ class Gpu:
     processors: int
     tensor_groups: bool
     """Whether it has the tensor-core instruction of a whole warp group, ``wgmma``: Hopper alone does."""
+    shared_bytes: int = SHARED_BYTES
+    """That a thread block can have."""
 
     @classmethod
     def of(cls, device: torch.device) -> Gpu:
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.multi_processor_count, (properties.major, properties.minor) == HOPPER)
+        return cls(
+            properties.multi_processor_count,
+            (properties.major, properties.minor) == HOPPER,
+            properties.shared_memory_per_block_optin,
+        )
+
+    @property
+    def most_entries(self) -> int:
+        """Of a book of vectors of up to 8 elements that fits shared memory."""
+        return min(SLICE_ROWS, 1 << (image_bytes(self.shared_bytes) // 16).bit_length() - 1)
+
+    def serves(self, shards: Sequence[ModuleShard]) -> bool:
+        """Whether the layout's kernels can serve a layer: with less shared memory, if its books fit there."""
+        if self.shared_bytes >= SHARED_BYTES:
+            return True
+        return all(resident(segment, self.shared_bytes) for shard in shards for segment in shard.segments)
 
 
 def build(
@@ -89,6 +109,8 @@ def build(
     """
     if not (lists or gpu.tensor_groups):
         raise ValueError("the aligned layout takes a GPU with tensor groups")
+    if not gpu.serves(shards):
+        raise ValueError("the books do not fit this GPU's shared memory")
     codes, books = Flat(torch.int32), Flat(dtype)
     norm, columns, dense = Flat(torch.float32), Flat(torch.int32), Flat(dtype)
     decodings: list[Decoding] = []
@@ -102,7 +124,7 @@ def build(
         place = store_norm(shard, norm)
         for segment in shard.segments:
             column_list = ABSENT if segment.columns is None else columns.add(segment.columns)
-            packed = pack(segment, codes, books, lists)
+            packed = pack(segment, codes, books, lists, gpu.shared_bytes)
             segments.append((packed, column_list))
             for main, residual in packed.decoded:
                 part = Part(0, 0, 0, segment.vector_len, segment.skip, main.plane)
