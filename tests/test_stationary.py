@@ -663,6 +663,19 @@ def test_neighbours_share_a_slice():
         assert [job.book for job in jobs] == [SLICE_ROWS * s for s in range(8) for _ in range(ranges)]
 
 
+@pytest.mark.parametrize("name", ["v8-k65536", "v8-k65536-256", "v12-k65536", "v20-k16384-65536", "v8-k256-256"])
+def test_layers_that_are_alike_have_one_plan(name):
+    """It is a constant of the compiled graph, and equal layers are to be compiled once, whatever their indices."""
+    specs = [LayerSpec(320, rows, **FORMATS[name], **EXTRAS["column norm"]) for rows in (96, 48, 48)]
+    made = []
+    for seed in (0, 7):
+        tensors = [random_tensors(spec, seed + i) for i, spec in enumerate(specs)]
+        whole = [cut_module(own, spec, (0, spec.shape[0]), (0, 320)) for own, spec in zip(tensors, specs, strict=True)]
+        made.append(build(whole))
+    assert made[0].plan == made[1].plan
+    assert not torch.equal(made[0].codes[:1000], made[1].codes[:1000])
+
+
 def test_pieces_of_a_module_share_its_book():
     tensors = random_tensors(spec := LayerSpec(64, 96, **FORMATS["v8-k65536"]), 0)
     shards = [cut_module(tensors, spec, rows, (0, 64)) for rows in ((0, 32), (32, 64), (64, 96))]

@@ -16,6 +16,7 @@ class Flat:
         self.dtype = dtype
         self.align = max(1, _ALIGN_BYTES // dtype.itemsize)
         self.parts: list[Tensor] = []
+        self.starts: list[int] = []
         self.size = 0
         self._seen: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
@@ -23,14 +24,26 @@ class Flat:
         """Appends a tensor and returns its offset in elements."""
         key = (tensor.data_ptr(), tensor.numel())
         if key not in self._seen:
-            pad = -self.size % self.align
-            if pad:
-                self.parts.append(torch.zeros(pad, dtype=self.dtype, device=tensor.device))
-            self.parts.append(tensor.to(self.dtype).flatten())
+            start = self.size + -self.size % self.align
+            self._put(tensor.to(self.dtype).flatten(), start)
             # The tensor is kept with its place, so that its address stays its own.
-            self._seen[key] = (self.size + pad, tensor)
-            self.size += pad + tensor.numel()
+            self._seen[key] = (start, tensor)
         return self._seen[key][0]
+
+    def append(self, other: Flat) -> int:
+        """Appends all that another one holds, and returns what its offsets are to be raised by."""
+        base = self.size + -self.size % self.align
+        for part, start in zip(other.parts, other.starts, strict=True):
+            self._put(part, base + start)
+        return base
+
+    def _put(self, part: Tensor, start: int) -> None:
+        if start > self.size:
+            self.parts.append(torch.zeros(start - self.size, dtype=self.dtype, device=part.device))
+            self.starts.append(self.size)
+        self.parts.append(part)
+        self.starts.append(start)
+        self.size = start + part.numel()
 
     def tensor(self, device: torch.device) -> Tensor:
         return torch.cat(self.parts) if self.parts else torch.empty(0, dtype=self.dtype, device=device)

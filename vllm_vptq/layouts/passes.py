@@ -154,6 +154,14 @@ class Packed:
     wide: list[Pass]
     decoded: list[tuple[Pass, Pass | None]]
 
+    def with_lists_at(self, base: int) -> Packed:
+        """The same, the flat tensor of lists having been put at ``base`` of that of codes."""
+        few = [
+            replace(pass_, codes=pass_.codes + base, lists=pass_.lists + base) if pass_.kind == Kind.SLICED else pass_
+            for pass_ in self.few
+        ]
+        return replace(self, few=few)
+
 
 def image_bytes(shared_bytes: int) -> int:
     """For images of books, of the shared memory that a thread block can have."""
@@ -170,11 +178,14 @@ def resident(segment: Segment, shared_bytes: int) -> bool:
     return max(n for n, _ in entries) <= SLICE_ROWS and (sum if small else max)(sizes) <= image_bytes(shared_bytes)
 
 
-def pack(segment: Segment, codes: Flat, books: Flat, lists: bool, shared_bytes: int = SHARED_BYTES) -> Packed:
-    """Packs a segment's indices and stores its books; ``lists``: also those of large books, for few tokens."""
+def pack(segment: Segment, codes: Flat, lists: Flat | None, books: Flat, shared_bytes: int = SHARED_BYTES) -> Packed:
+    """Packs a segment's indices and stores its books; ``lists``: also those of large books, for few tokens.
+
+    Lists are apart from codes because their sizes depend on the indices, and what lies behind them would, too.
+    """
     rows = segment.words.shape[0]
     words = torch.cat([segment.words.flatten(), segment.words.new_zeros(1)])[:-1].view(rows, -1)
-    return _Packer(segment, words, codes, books, shared_bytes).packed(lists)
+    return _Packer(segment, words, codes, lists, books, shared_bytes).packed()
 
 
 @dataclass(frozen=True)
@@ -191,8 +202,10 @@ class _Book:
 
 
 class _Packer:
-    def __init__(self, segment: Segment, words: Tensor, codes: Flat, books: Flat, shared_bytes: int) -> None:
-        self.segment, self.words, self.codes, self.books = segment, words, codes, books
+    def __init__(
+        self, segment: Segment, words: Tensor, codes: Flat, lists: Flat | None, books: Flat, shared_bytes: int
+    ) -> None:
+        self.segment, self.words, self.codes, self.lists, self.books = segment, words, codes, lists, books
         self.image_bytes = image_bytes(shared_bytes)
         self.main = _Book(segment.book, 0, segment.index_bits)
         self.residual = None
@@ -201,7 +214,7 @@ class _Packer:
         self.planes = -(-segment.vector_len // 8)
         self._made: dict[tuple[object, ...], int] = {}
 
-    def packed(self, lists: bool) -> Packed:
+    def packed(self) -> Packed:
         own = [self.main] if self.residual is None else [self.main, self.residual]
         few, wide, decoded = [], [], []
         if self.residual is not None and self.main.width <= 8 and self.residual.width <= 8:
@@ -214,9 +227,12 @@ class _Packer:
             many = [self._far(book, plane, width) if book.large else self._resident(book, plane) for book in own]
             wide += _together(many)
             decoded.append((many[0], many[1] if len(many) > 1 else None))
-        if lists or not any(book.large for book in own):
+        if self.lists is not None or not any(book.large for book in own):
             for book in own:
-                few += self._sliced(book) if book.large else [self._resident(book, p) for p in range(self.planes)]
+                if self.lists is not None and book.large:
+                    few += self._sliced(book, self.lists)
+                else:
+                    few += [self._resident(book, plane) for plane in range(self.planes)]
         return Packed(few, wide, decoded)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], int]) -> int:
@@ -244,18 +260,18 @@ class _Packer:
         rows = book.entries.shape[0]
         return Pass(Kind.FAR, self.segment, plane, codes, row_words, at, rows, copies=self.planes, width=width)
 
-    def _sliced(self, book: _Book) -> list[Pass]:
+    def _sliced(self, book: _Book, lists: Flat) -> list[Pass]:
         """One pass for a vector's two planes, or one for each plane."""
         rows, segment, tiles = book.entries.shape[0], self.segment, -(-self.segment.num_columns // TILE_COLUMNS)
         bits, slice_bits = segment.index_bits + segment.res_bits, slice_bits_of(segment.vector_len)
         entries, offsets = torch.ops.vllm_vptq.pack_sliced(
             self.words, segment.num_columns, bits, book.shift, book.width, slice_bits, -(-rows >> slice_bits), tiles
         )
-        places = dict(lists=self.codes.add(offsets), list_tiles=tiles)
-        lists, planes = self.codes.add(entries), [self._plane(book, plane) for plane in range(self.planes)]
+        places = dict(lists=lists.add(offsets), list_tiles=tiles)
+        first, planes = lists.add(entries), [self._plane(book, plane) for plane in range(self.planes)]
         if self.planes == 2:
-            return [Pass(Kind.SLICED, segment, 0, lists, 0, planes[0], rows, res_book=planes[1], width=16, **places)]
-        return [Pass(Kind.SLICED, segment, plane, lists, 0, at, rows, **places) for plane, at in enumerate(planes)]
+            return [Pass(Kind.SLICED, segment, 0, first, 0, planes[0], rows, res_book=planes[1], width=16, **places)]
+        return [Pass(Kind.SLICED, segment, plane, first, 0, at, rows, **places) for plane, at in enumerate(planes)]
 
     def _codes(
         self, kind: Kind, book: _Book, second: _Book | None, rows: int, copies: int, width: int

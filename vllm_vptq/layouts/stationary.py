@@ -111,7 +111,7 @@ def build(
         raise ValueError("the aligned layout takes a GPU with tensor groups")
     if not gpu.serves(shards):
         raise ValueError("the books do not fit this GPU's shared memory")
-    codes, books = Flat(torch.int32), Flat(dtype)
+    codes, books, listed = Flat(torch.int32), Flat(dtype), Flat(torch.int32)
     norm, columns, dense = Flat(torch.float32), Flat(torch.int32), Flat(dtype)
     decodings: list[Decoding] = []
     dense_modules: list[tuple[int, int, int]] = []
@@ -124,7 +124,7 @@ def build(
         place = store_norm(shard, norm)
         for segment in shard.segments:
             column_list = ABSENT if segment.columns is None else columns.add(segment.columns)
-            packed = pack(segment, codes, books, lists, gpu.shared_bytes)
+            packed = pack(segment, codes, listed if lists else None, books, gpu.shared_bytes)
             segments.append((packed, column_list))
             for main, residual in packed.decoded:
                 part = Part(0, 0, 0, segment.vector_len, segment.skip, main.plane)
@@ -133,6 +133,12 @@ def build(
                 decodings.append(Decoding(len(parts), jobs[0], jobs[1], part))
         parts.append(_ModuleParts(shard, start, place, segments))
         start += shard.out_features
+    # Behind the codes, whose places then are those of every layer of such a shape, whatever its indices: so are plans.
+    base = codes.append(listed)
+    parts = [
+        replace(module, segments=[(packed.with_lists_at(base), at) for packed, at in module.segments])
+        for module in parts
+    ]
     packed_segments = [packed for module in parts for packed, _ in module.segments]
     few = few_tokens(packed_segments, gpu)
     variants = [_few(tokens, parts, gpu) for tokens in TOKENS if tokens <= few]
