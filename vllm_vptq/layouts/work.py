@@ -240,7 +240,7 @@ class LayerWork:
                 plan += [launch.wide, jobs, starts, len(launch.jobs)]
             plan += [len(parts), *(n for record in (*v.modules, *parts) for n in record.numbers())]
         decodings = [n for decoding in self.decodings for n in decoding.numbers()]
-        if max(max(words), max(decodings, default=0)) >= 1 << 31:
+        if max(max(words, default=0), max(decodings, default=0)) >= 1 << 31:
             raise RuntimeError(
                 f"a layer of {self.out_features} x {self.in_features} has more codes in this layout than kernels can "
                 "address; set VLLM_VPTQ_LAYOUT=compact, or split it among more GPUs (--tensor-parallel-size)"
