@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from typer.testing import CliRunner
 
 from benchmarks import step, trace
 from benchmarks.synthesize import synthesize
+from vllm_vptq.bench import worker
+from vllm_vptq.bench.settings import Settings
 from vllm_vptq.doctor import machine
 
 LAYERS = 4
@@ -200,3 +204,28 @@ def test_without_a_gpu_it_is_one_line(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, [str(synthesize(tmp_path / "model", "tiny", "dense"))])
     assert done.exit_code == 1 and done.output.startswith("error: a step is profiled on a GPU")
     assert done.output.count("\n") == 1
+
+
+def test_rows_are_written(tmp_path, monkeypatch):
+    """With an engine that takes 3 ms a step, and traces from above."""
+    engine = SimpleNamespace(
+        seconds=lambda batch, length, steps: 0.1 + 0.003 * steps,
+        config=SimpleNamespace(model_config=SimpleNamespace(dtype="torch.float16")),
+        device="NVIDIA H100 80GB HBM3",
+        versions={"vllm": "0.1", "torch": "2.0"},
+    )
+    monkeypatch.setattr(machine, "gpus", lambda: ("a GPU",))
+    monkeypatch.setattr(worker, "Engine", lambda *_: engine)
+    monkeypatch.setattr(step, "layer_count", lambda _: LAYERS)
+    monkeypatch.setattr(step, "profile", lambda *_: decoding())
+    monkeypatch.setenv("TORCHINDUCTOR_ENABLE_PDL", "1")
+    monkeypatch.setenv("VLLM_VPTQ_LAYOUT", "aligned")
+    folder, out = synthesize(tmp_path / "llama", "tiny", "v8-k256-0"), tmp_path / "step.json"
+    for batches in ((1, 8), (8,)):
+        step.run(folder, Settings(batches=batches, prompt_tokens=0), out, Console(file=io.StringIO()))
+    answer = json.loads(out.read_text())
+    assert answer["gpu"] == engine.device and answer["versions"] == engine.versions
+    assert [row["batch"] for row in answer["rows"]] == [1, 8]
+    for row in answer["rows"]:
+        assert (row["model"], row["format"], row["layout"], row["pdl"]) == ("llama", "v8-k256-0", "aligned", True)
+        assert row["ms_per_step"] == pytest.approx(3) and row["layer_us"] == 44 and len(row["layer"]) == 6
