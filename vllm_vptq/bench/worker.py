@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from vllm_vptq.bench.settings import Settings
@@ -25,64 +26,73 @@ from vllm_vptq.bench.settings import Settings
 Event = dict[str, Any]
 
 
-def events(model: str, load_format: str, settings: Settings, wait: bool = False) -> Iterator[Event]:
-    """``started`` with sizes and versions, ``first_token`` unless left out, and ``decode`` for each batch."""
-    # The weights are counted by a function sent to vLLM's processes, all of which are this run's own.
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    import torch
-    import vllm
-    from vllm.platforms import current_platform
+class Engine:
+    """vLLM with a model, in this process. ``start_s`` is what that took."""
 
-    begin = time.perf_counter()
-    more: dict[str, Any] = {}
-    if not settings.enforce_eager:
-        more["compilation_config"] = {"cudagraph_capture_sizes": list(settings.batches)}
-    if settings.kv_cache_gib is not None:
-        more["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
-    if settings.max_num_batched_tokens is not None:
-        more["max_num_batched_tokens"] = settings.max_num_batched_tokens
-    llm = vllm.LLM(
-        model,
-        load_format=load_format,
-        tensor_parallel_size=settings.tp,
-        dtype=settings.dtype,
-        max_model_len=settings.model_len,
-        max_num_seqs=max(settings.batches),
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        enforce_eager=settings.enforce_eager,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        disable_log_stats=True,
-        seed=0,
-        **more,
-    )
-    start_s = time.perf_counter() - begin
-    engine = llm.llm_engine.vllm_config
-    vocabulary = engine.model_config.get_vocab_size()
-    draw = random.Random(0)
+    def __init__(self, model: str, load_format: str, settings: Settings) -> None:
+        # The weights are counted by a function sent to vLLM's processes, all of which are this run's own.
+        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        import torch
+        import vllm
+        from vllm.platforms import current_platform
 
-    def seconds(batch: int, length: int, steps: int) -> float:
-        """Wall clock of generating ``steps`` tokens for each of ``batch`` new prompts of ``length`` tokens."""
-        prompts = [{"prompt_token_ids": draw.choices(range(vocabulary), k=length)} for _ in range(batch)]
-        sampling = vllm.SamplingParams(temperature=0, ignore_eos=True, max_tokens=steps, detokenize=False)
         begin = time.perf_counter()
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        more: dict[str, Any] = {}
+        if not settings.enforce_eager:
+            more["compilation_config"] = {"cudagraph_capture_sizes": list(settings.batches)}
+        if settings.kv_cache_gib is not None:
+            more["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+        if settings.max_num_batched_tokens is not None:
+            more["max_num_batched_tokens"] = settings.max_num_batched_tokens
+        self.llm = vllm.LLM(
+            model,
+            load_format=load_format,
+            tensor_parallel_size=settings.tp,
+            dtype=settings.dtype,
+            max_model_len=settings.model_len,
+            max_num_seqs=max(settings.batches),
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            enforce_eager=settings.enforce_eager,
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            seed=0,
+            **more,
+        )
+        self.start_s = time.perf_counter() - begin
+        self.config = self.llm.llm_engine.vllm_config
+        self.device = current_platform.get_device_name()
+        self.versions = {"vllm": vllm.__version__, "torch": torch.__version__}
+        self._sampling = partial(vllm.SamplingParams, temperature=0, ignore_eos=True, detokenize=False)
+        self._draw = random.Random(0)
+
+    def seconds(self, batch: int, length: int, steps: int) -> float:
+        """Wall clock of generating ``steps`` tokens for each of ``batch`` new prompts of ``length`` tokens."""
+        words = range(self.config.model_config.get_vocab_size())
+        prompts = [{"prompt_token_ids": self._draw.choices(words, k=length)} for _ in range(batch)]
+        sampling = self._sampling(max_tokens=steps)
+        begin = time.perf_counter()
+        outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         elapsed = time.perf_counter() - begin
         assert all(len(output.outputs[0].token_ids) == steps for output in outputs)
         return elapsed
 
+
+def events(model: str, load_format: str, settings: Settings, wait: bool = False) -> Iterator[Event]:
+    """``started`` with sizes and versions, ``first_token`` unless left out, and ``decode`` for each batch."""
+    engine = Engine(model, load_format, settings)
     yield {
         "event": "started",
-        "start_s": round(start_s, 2),
-        "weight_gib": round(max(llm.collective_rpc(weight_bytes)) / 2**30, 6),
-        "host_peak_gib": round(max(llm.collective_rpc(host_peak)) / 2**30, 2),
-        "kv_cache_tokens": kv_cache_tokens(engine.cache_config),
-        "device": current_platform.get_device_name(),
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+        "start_s": round(engine.start_s, 2),
+        "weight_gib": round(max(engine.llm.collective_rpc(weight_bytes)) / 2**30, 6),
+        "host_peak_gib": round(max(engine.llm.collective_rpc(host_peak)) / 2**30, 2),
+        "kv_cache_tokens": kv_cache_tokens(engine.config.cache_config),
+        "device": engine.device,
+        "versions": engine.versions,
     }
     if wait:
         sys.stdin.readline()
-    yield from measure(settings, seconds)
+    yield from measure(settings, engine.seconds)
 
 
 def measure(settings: Settings, seconds: Callable[[int, int, int], float]) -> Iterator[Event]:
