@@ -16,7 +16,6 @@ class Flat:
         self.dtype = dtype
         self.align = max(1, _ALIGN_BYTES // dtype.itemsize)
         self.parts: list[Tensor] = []
-        self.starts: list[int] = []
         self.size = 0
         self._seen: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
@@ -24,26 +23,26 @@ class Flat:
         """Appends a tensor and returns its offset in elements."""
         key = (tensor.data_ptr(), tensor.numel())
         if key not in self._seen:
-            start = self.size + -self.size % self.align
-            self._put(tensor.to(self.dtype).flatten(), start)
+            start = self._aligned(tensor.device)
+            self.parts.append(tensor.to(self.dtype).flatten())
+            self.size += tensor.numel()
             # The tensor is kept with its place, so that its address stays its own.
             self._seen[key] = (start, tensor)
         return self._seen[key][0]
 
     def append(self, other: Flat) -> int:
         """Appends all that another one holds, and returns what its offsets are to be raised by."""
-        base = self.size + -self.size % self.align
-        for part, start in zip(other.parts, other.starts, strict=True):
-            self._put(part, base + start)
+        base = self._aligned(other.parts[0].device) if other.parts else self.size
+        self.parts += other.parts
+        self.size += other.size
         return base
 
-    def _put(self, part: Tensor, start: int) -> None:
-        if start > self.size:
-            self.parts.append(torch.zeros(start - self.size, dtype=self.dtype, device=part.device))
-            self.starts.append(self.size)
-        self.parts.append(part)
-        self.starts.append(start)
-        self.size = start + part.numel()
+    def _aligned(self, device: torch.device) -> int:
+        """Where the next tensor may start, once zeros fill the room before it."""
+        if pad := -self.size % self.align:
+            self.parts.append(torch.zeros(pad, dtype=self.dtype, device=device))
+            self.size += pad
+        return self.size
 
     def tensor(self, device: torch.device) -> Tensor:
         return torch.cat(self.parts) if self.parts else torch.empty(0, dtype=self.dtype, device=device)

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_vptq.layouts.passes import COLUMNS_PER_LOAD, SLICE_ROWS, TILE_COLUMNS, slice_bits_of
+from vllm_vptq.layouts.passes import COLUMNS_PER_LOAD, SLICE_ROWS, TILE_COLUMNS, books_of, slice_bits_of
 from vllm_vptq.layouts.work import Kind
 from vllm_vptq.parameters import ModuleShard, Segment
 
@@ -40,7 +40,7 @@ def measure(shards: Sequence[ModuleShard], layouts: Sequence[str]) -> Layer:
     segments = [segment for shard in shards for segment in shard.segments]
     weights = sum(shard.out_features * shard.in_features for shard in shards)
     sizes = {layout: _codes(segments, layout) + _books(segments, layout) for layout in layouts}
-    if ALIGNED in sizes and not any(_large(book) for segment in segments for book, _ in _books_of(segment)):
+    if ALIGNED in sizes and not any(_large(book) for segment in segments for book, _ in books_of(segment)):
         del sizes[ALIGNED]
     return Layer(weights, sizes)
 
@@ -62,14 +62,6 @@ def distribute(layers: Sequence[Layer], budget: float) -> list[str]:
     return chosen
 
 
-def _books_of(segment: Segment) -> list[tuple[int, int]]:
-    """Entries of each book, and the bits of an index into it."""
-    books = [(segment.book.shape[0], segment.index_bits)]
-    if segment.res_book is not None and segment.res_bits:
-        books.append((segment.res_book.shape[0], segment.res_bits))
-    return books
-
-
 def _large(entries: int) -> bool:
     return entries > SLICE_ROWS
 
@@ -82,7 +74,7 @@ def _codes(segments: Sequence[Segment], layout: str) -> int:
 
 def _aligned_codes(segment: Segment) -> int:
     """Bytes of codes, for 16 outputs and whole loads: a byte or two for each book, two for a pair of small ones."""
-    books, rows, total = _books_of(segment), segment.words.shape[0], 0
+    books, rows, total = books_of(segment), segment.words.shape[0], 0
     kinds = [Kind.FAR if _large(n) else Kind.BYTES if bits <= 8 else Kind.SHORTS for n, bits in books]
     if kinds == [Kind.BYTES, Kind.BYTES]:
         kinds = [Kind.BYTE_PAIRS]
@@ -97,7 +89,7 @@ def _aligned_codes(segment: Segment) -> int:
 def _lists(segment: Segment) -> int:
     """Bytes of the entries of large books, of 32 bits, and of the offsets of their lists."""
     total, rows = 0.0, segment.words.shape[0]
-    for entries, _ in _books_of(segment):
+    for entries, _ in books_of(segment):
         if _large(entries):
             lists = rows * -(-entries >> slice_bits_of(segment.vector_len)) * -(-segment.num_columns // TILE_COLUMNS)
             total += 4 * (rows * segment.num_columns + lists * _LIST_PADDING + lists)

@@ -168,17 +168,23 @@ def image_bytes(shared_bytes: int) -> int:
     return shared_bytes - SPARE_BYTES - RING_BYTES
 
 
+def books_of(segment: Segment) -> list[tuple[int, int]]:
+    """Entries of each book, and the bits of an index into it."""
+    books = [(segment.book.shape[0], segment.index_bits)]
+    if segment.res_book is not None and segment.res_bits:
+        books.append((segment.res_book.shape[0], segment.res_bits))
+    return books
+
+
 def resident(segment: Segment, shared_bytes: int) -> bool:
     """Whether a segment's books fit shared memory, each for itself, or both together if they are small."""
-    entries = [(segment.book.shape[0], segment.index_bits)]
-    if segment.res_book is not None and segment.res_bits:
-        entries.append((segment.res_book.shape[0], segment.res_bits))
-    sizes = [_round8(n) * 16 * (8 if bits <= 8 else 1) for n, bits in entries]
-    small = all(bits <= 8 for _, bits in entries)
-    return max(n for n, _ in entries) <= SLICE_ROWS and (sum if small else max)(sizes) <= image_bytes(shared_bytes)
+    books = books_of(segment)
+    sizes = [_round8(n) * 16 * (8 if bits <= 8 else 1) for n, bits in books]
+    small = all(bits <= 8 for _, bits in books)
+    return max(n for n, _ in books) <= SLICE_ROWS and (sum if small else max)(sizes) <= image_bytes(shared_bytes)
 
 
-def pack(segment: Segment, codes: Flat, lists: Flat | None, books: Flat, shared_bytes: int = SHARED_BYTES) -> Packed:
+def pack(segment: Segment, codes: Flat, lists: Flat | None, books: Flat, shared_bytes: int) -> Packed:
     """Packs a segment's indices and stores its books; ``lists``: also those of large books, for few tokens.
 
     Lists are apart from codes because their sizes depend on the indices, and what lies behind them would, too.
