@@ -119,8 +119,8 @@ class Batch:
         """Takes other hidden states, of the same shape, where the old ones were."""
         self.hidden.copy_(hidden)
 
-    def ordinary(self) -> Batch:
-        """A copy in float32 that autograd can save; what inference mode made, it refuses."""
+    def ordinary(self, i: int) -> Batch:
+        """A copy for block i alone, in float32, that autograd can save; what inference mode made, it refuses."""
 
         def copied(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -129,7 +129,7 @@ class Batch:
                 return type(value)(copied(item) for item in value)
             return {key: copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
-        return Batch(copied(self.hidden), copied(self.arguments))
+        return Batch(copied(self.hidden), [copied(own) if j == i else {} for j, own in enumerate(self.arguments)])
 
     def run(self, i: int, block: nn.Module) -> Tensor:
         """Block i's output hidden states."""

@@ -35,7 +35,7 @@ def finetune_block(
     settings = run.recipe.finetune_blocks
     training = Training(trainable(copy_.module), settings.rate, settings.steps)
     with repeatable_gradients(run.device):
-        errors = tune_block(lambda j: batches[j].ordinary().run(i, copy_.module), wanted, training)
+        errors = tune_block(lambda j: batches[j].ordinary(i).run(i, copy_.module), wanted, training)
     parameters = {f"{prefix}{name}": parameter for name, parameter in training.parameters.items()}
     before, after = errors
     record = {"block": block.name, "error_before": before, "error": after, "steps": settings.steps}
