@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from benchmarks.memory import CARD_GB
 from benchmarks.synthesize import DENSE, W4A16, synthesize
 from vllm_vptq.bench import comparison, process
 from vllm_vptq.bench.results import Results, default_path, same
@@ -36,8 +37,6 @@ OTHER_GIB = 6.0
 """Of every engine: activations of the longest prompts, CUDA graphs, its context."""
 USABLE = 0.9
 """Of a card, for engines."""
-CARD_GB = 24.0
-"""Of the small card whose room for a KV cache is asked for; vLLM gets its usual 0.9 of it."""
 MODELS = {"8b": "Llama-3.1-8B", "14b": "Qwen2.5-14B", "70b": "Llama-3.1-70B"}
 
 

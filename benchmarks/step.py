@@ -133,7 +133,7 @@ def run(folder: Path, settings: Settings, out: Path | None, console: Console) ->
     if not machine.gpus():
         raise BenchError("a step is profiled on a GPU, and torch sees none here (vllm-vptq doctor says why)")
     engine = worker.Engine(str(folder), model.load_format, settings)
-    rows = []
+    rows, commit = [], record.commit()
     for event in worker.measure(settings, engine.seconds):
         batch = event["batch"]
         row = {
@@ -146,7 +146,7 @@ def run(folder: Path, settings: Settings, out: Path | None, console: Console) ->
             "batch": batch,
             "ms_per_step": event["ms_per_step"],
             "spread": event["spread"],
-            "commit": record.commit(),
+            "commit": commit,
         }
         rows.append(row | summary(profile(engine, batch, settings), layers))
         show(rows[-1], console)
