@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.strategies import random_tensors
@@ -48,6 +49,17 @@ def fused_layer(
         shards.append(cut_module(tensors, spec, *span, device))
         weights.append(dequantize(tensors, spec, torch.float64)[slice(*span[0]), slice(*span[1])])
     return shards, torch.cat(weights).to(device)
+
+
+def drawn_part(spec: LayerSpec, seed: int, dtype: torch.dtype, data: st.DataObject) -> tuple[ModuleShard, Tensor]:
+    """Some rows and columns of a random module, and their weight in float64."""
+    tensors = random_tensors(spec, seed, dtype)
+    rows, columns = (
+        tuple(sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True))))
+        for size in spec.shape
+    )
+    weight = dequantize(tensors, spec, torch.float64)[slice(*rows), slice(*columns)]
+    return cut_module(tensors, spec, rows, columns), weight
 
 
 def slow_dense(shard: ModuleShard) -> Tensor:

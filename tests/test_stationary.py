@@ -42,7 +42,7 @@ from tests.packers import (
     image_row,
     round8,
 )
-from tests.shards import CPU, fused_layer
+from tests.shards import CPU, drawn_part, fused_layer
 from tests.strategies import few, random_tensors, spec_extras, specs
 from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import compact, stationary
@@ -476,13 +476,8 @@ def test_formats(name, extra):
 
 def check_any(spec: LayerSpec, seed: int, processors: int, dtype: torch.dtype, data: st.DataObject) -> None:
     """Checks some rows and columns of a module."""
-    tensors = random_tensors(spec, seed, dtype)
-    rows, columns = (
-        tuple(sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True))))
-        for size in spec.shape
-    )
-    weight = dequantize(tensors, spec, torch.float64)[slice(*rows), slice(*columns)]
-    check([cut_module(tensors, spec, rows, columns)], weight, processors, dtype)
+    shard, weight = drawn_part(spec, seed, dtype, data)
+    check([shard], weight, processors, dtype)
 
 
 anything = dict(

@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.shards import CPU, fused_layer
-from tests.strategies import few, random_tensors, spec_extras, specs
+from tests.shards import CPU, drawn_part, fused_layer
+from tests.strategies import few, spec_extras, specs
 from tests.test_stationary import Kernels, Workspace
-from vllm_vptq.format import LayerSpec, dequantize
+from vllm_vptq.format import LayerSpec
 from vllm_vptq.layouts import compact, streams
 from vllm_vptq.layouts.work import ABSENT, Job, Kind, LookupLayout, Module
-from vllm_vptq.parameters import ModuleShard, cut_module
+from vllm_vptq.parameters import ModuleShard
 
 WARPS = 8
 """Of a thread block, each of which takes a vector row."""
@@ -143,10 +143,5 @@ def test_fused():
     data=st.data(),
 )
 def test_any_spec(spec, seed, processors, dtype, data):
-    tensors = random_tensors(spec, seed, dtype)
-    rows, columns = (
-        tuple(sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True))))
-        for size in spec.shape
-    )
-    weight = dequantize(tensors, spec, torch.float64)[slice(*rows), slice(*columns)]
-    check([cut_module(tensors, spec, rows, columns)], weight, processors, dtype)
+    shard, weight = drawn_part(spec, seed, dtype, data)
+    check([shard], weight, processors, dtype)
