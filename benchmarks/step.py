@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import record, trace
+from vllm_vptq import compat
 from vllm_vptq.bench import worker
 from vllm_vptq.bench.settings import BenchError, Contestant, Settings
 from vllm_vptq.doctor import machine
@@ -37,8 +38,8 @@ METHOD = (
     "ms_per_step: without profiler, the median time of generating all steps less that of a sixteenth of them, over the "
     "difference of the counts. All else from torch's profiler, CUDA graphs on, mean of the middle half of the steps by "
     "their length: own time is what no kernel begun earlier covers, idle_us is when nothing runs, both add up to "
-    "profiled_us. layer: the layer of median span; late_us is its begin after the end of all before it. pdl: "
-    "TORCHINDUCTOR_ENABLE_PDL=1"
+    "profiled_us. layer: the layer of median span; late_us is its begin after the end of all before it. pdl: whether "
+    "kernels that torch compiled start while those before them drain (TORCHINDUCTOR_ENABLE_PDL)"
 )
 LEAST = 0.002
 """Of a step: kernels below share a line of the table."""
@@ -50,6 +51,11 @@ def contestant(folder: Path) -> Contestant:
     if section.get("quant_method") == "compressed-tensors":
         return Contestant.find(folder, "w4a16")
     return Contestant.find(folder, "vptq" if section else "dense")
+
+
+def overlaps(model: Contestant) -> bool:
+    """Whether compiled kernels start while those before them drain: where nothing is set, the plugin wants it."""
+    return os.environ.get(compat.OVERLAP, "1" if model.kind == "vptq" else "0") == "1"
 
 
 def layer_count(folder: Path) -> int:
@@ -142,7 +148,7 @@ def run(folder: Path, settings: Settings, out: Path | None, console: Console) ->
             "shape": model.shape,
             "dtype": str(engine.config.model_config.dtype).removeprefix("torch."),
             "layout": model.layout,
-            "pdl": os.environ.get("TORCHINDUCTOR_ENABLE_PDL") == "1",
+            "pdl": overlaps(model),
             "batch": batch,
             "ms_per_step": event["ms_per_step"],
             "spread": event["spread"],

@@ -296,6 +296,38 @@ def test_the_key_of_the_compile_cache_adds_up(rank):
     assert len({key(*some) for n in range(4) for some in permutations(entries, n)}) == 1 + 3 + 6 + 6
 
 
+@pytest.mark.parametrize(
+    ("capability", "variable", "before", "after"),
+    [
+        ((9, 0), None, {}, True),
+        ((10, 0), None, {}, True),
+        ((9, 0), None, {"triton.enable_pdl": False}, False),
+        ((8, 9), None, {}, None),
+        (None, None, {}, None),
+        ((9, 0), "0", {}, None),
+        ((9, 0), "1", {}, None),
+    ],
+)
+def test_compiled_kernels_overlap_ours(monkeypatch, capability, variable, before, after):
+    """From Hopper on, unless torch's variable or the user's configuration decides."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.delenv(compat.OVERLAP, raising=False)
+    if variable:
+        monkeypatch.setenv(compat.OVERLAP, variable)
+    config = SimpleNamespace(compilation_config=SimpleNamespace(inductor_compile_config=before))
+    compat.overlap_compiled_kernels(config)
+    assert config.compilation_config.inductor_compile_config.get("triton.enable_pdl") is after
+    assert torch._inductor.config.get_type("triton.enable_pdl") is bool  # so vLLM's patch of that name is taken
+
+
+def test_layers_ask_for_it(rank, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compat, "overlap_compiled_kernels", asked.append)
+    loaded()
+    assert asked == [compat.current_config()]
+
+
 def test_batch_invariant_mode_is_traced_whole(rank):
     """The op of a GPU's layout, with its fake: torch.compile must not break the graph at it."""
     work = LayerWork(True, 40, K, 0, 0, [Variant(8)], [], [])

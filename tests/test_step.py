@@ -197,6 +197,17 @@ def test_models_are_of_the_kind_they_say(tmp_path, name):
     assert found.kind == (name if name in ("dense", "w4a16") else "vptq")
 
 
+@pytest.mark.parametrize(("setting", "expected"), [(None, (True, False)), ("0", (False, False)), ("1", (True, True))])
+def test_which_kernels_overlap(tmp_path, monkeypatch, setting, expected):
+    """Unless the variable decides, the plugin lets them, for its own models."""
+    monkeypatch.delenv("TORCHINDUCTOR_ENABLE_PDL", raising=False)
+    if setting:
+        monkeypatch.setenv("TORCHINDUCTOR_ENABLE_PDL", setting)
+    names = "v8-k256-0", "dense"
+    models = [step.contestant(synthesize(tmp_path / name, "tiny", name, layers=1)) for name in names]
+    assert tuple(map(step.overlaps, models)) == expected
+
+
 def test_without_a_gpu_it_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "gpus", tuple)
     app = step.typer.Typer()

@@ -68,6 +68,7 @@ class VPTQLinearMethod(LinearMethodBase):
         layer.vptq_layout = None
         intake = layer.vptq_intake = Intake(sources, device, on_ready=partial(self._reloaded, layer))
         config = layer.vptq_config = compat.current_config()
+        compat.overlap_compiled_kernels(config)
         if config is not None:
             self.layers.memory_share = config.cache_config.gpu_memory_utilization
             self.layers.progress = config.load_config.use_tqdm_on_load
