@@ -6,8 +6,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <unordered_map>
 
 #include "cuda/kernels.h"
 
@@ -90,8 +92,34 @@ struct Plan {
     int32_t* words = reinterpret_cast<int32_t*>(&record);
     for (size_t i = 0; i < sizeof(T) / 4; i++) words[i] = static_cast<int32_t>(take());
   }
-  const int64_t *next_, *end_;
+  const int64_t *next_, *end_;  // while it is read
 };
+
+// Plans by the names that ops are given: a name is short, and takes no time to read (vllm_vptq/gpu.py).
+class Plans {
+ public:
+  static Plans& all() {
+    static Plans plans;
+    return plans;
+  }
+  void keep(const std::string& name, at::IntArrayRef numbers) {
+    const std::lock_guard lock(mutex_);
+    plans_.try_emplace(name, numbers);
+  }
+  // Stays where it is: nothing is ever taken out.
+  const Plan& named(c10::string_view name) {
+    const std::lock_guard lock(mutex_);
+    const auto found = plans_.find(std::string(name));
+    TORCH_CHECK(found != plans_.end(), "no layer with this plan was laid out in this process: ", std::string(name));
+    return found->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<std::string, Plan> plans_;
+};
+
+void keep_plan(c10::string_view name, at::IntArrayRef numbers) { Plans::all().keep(std::string(name), numbers); }
 
 struct Call {
   const Plan& plan;
@@ -214,8 +242,8 @@ struct Call {
 
 Tensor lookup_linear(const Tensor& x, const Tensor& codes, const Tensor& books, const optional<Tensor>& norm,
                      const optional<Tensor>& columns, const optional<Tensor>& dense, const optional<Tensor>& bias,
-                     const Tensor& work, at::IntArrayRef numbers) {
-  const Plan plan(numbers);
+                     const Tensor& work, c10::string_view name) {
+  const Plan& plan = Plans::all().named(name);
   // Numbers as strings: where the compiler's C++ library is another than torch's, streaming them has crashed.
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == plan.in_features, "expected ", std::to_string(plan.in_features),
               " input features, got ", std::to_string(x.dim() ? x.size(-1) : 0));
@@ -250,8 +278,8 @@ Tensor lookup_linear(const Tensor& x, const Tensor& codes, const Tensor& books, 
 
 Tensor lookup_weight(const Tensor& codes, const Tensor& books, const optional<Tensor>& norm,
                      const optional<Tensor>& columns, const optional<Tensor>& dense, const Tensor& work,
-                     at::IntArrayRef numbers) {
-  const Plan plan(numbers);
+                     c10::string_view name) {
+  const Plan& plan = Plans::all().named(name);
   const Type type = type_of(books);
   const c10::cuda::CUDAGuard guard(books.device());
   const Layer layer{codes.const_data_ptr<int32_t>(), books.const_data_ptr(),
@@ -307,6 +335,8 @@ Tensor pack_resident(const Tensor& words, int64_t columns, int64_t bits, int64_t
 
 }  // namespace
 }  // namespace vptq
+
+TORCH_LIBRARY_IMPL(vllm_vptq, CompositeExplicitAutograd, m) { m.impl("keep_plan", vptq::keep_plan); }
 
 TORCH_LIBRARY_IMPL(vllm_vptq, CUDA, m) {
   m.impl("lookup_linear", vptq::lookup_linear);

@@ -84,11 +84,12 @@ class Layer:
         else:
             lists = layout == "stationary"
             self.layout = stationary.build(self.shards, dtype, DEVICE, hardware, 160, lists)
+        self.plan = gpu.name_of(self.layout.plan)
         self.bias = torch.randn(len(self.weight), device=DEVICE).to(dtype)
         self.run = self._look_up
 
     def _look_up(self, x: Tensor, bias: Tensor) -> Tensor:
-        return gpu.lookup_linear(x, **self.layout.tensors(), bias=bias, plan=self.layout.plan)
+        return gpu.lookup_linear(x, **self.layout.tensors(), bias=bias, plan=self.plan)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x, self.bias)
@@ -301,9 +302,9 @@ def test_opcheck_and_compile(layout):
     t = layer.layout.tensors()
     tensors = t["codes"], t["books"], t["norm"], t["columns"], t["dense"]
     for count in (5, 300):  # looked up, decoded
-        arguments = (layer.tokens(count), *tensors, layer.bias, t["work"], layer.layout.plan)
+        arguments = (layer.tokens(count), *tensors, layer.bias, t["work"], layer.plan)
         torch.library.opcheck(torch.ops.vllm_vptq.lookup_linear.default, arguments)
-    torch.library.opcheck(torch.ops.vllm_vptq.lookup_weight.default, (*tensors, t["work"], layer.layout.plan))
+    torch.library.opcheck(torch.ops.vllm_vptq.lookup_weight.default, (*tensors, t["work"], layer.plan))
     compiled = torch.compile(layer.__call__, fullgraph=True, dynamic=True)
     for count in (5, 33):
         x = layer.tokens(count)
@@ -314,7 +315,7 @@ def test_opcheck_and_compile(layout):
 def test_weight(name, layout):
     spec = LayerSpec(300, 117, **FORMATS[name], enable_norm=True)
     layer = Layer([spec, spec], torch.float16, layout)
-    weight = gpu.lookup_weight(**layer.layout.tensors(), plan=layer.layout.plan)
+    weight = gpu.lookup_weight(**layer.layout.tensors(), plan=layer.plan)
     torch.testing.assert_close(weight.double(), layer.weight, rtol=2e-3, atol=2e-3)
 
 

@@ -333,7 +333,7 @@ def test_batch_invariant_mode_is_traced_whole(rank):
     work = LayerWork(True, 40, K, 0, 0, [Variant(8)], [], [])
     tensor, plan = work.encode(torch.device("cpu"))
     names = ("codes", "books", "norm", "columns", "dense", "work")
-    layout = choice.LayerLayout("stationary", gpu.lookup_linear, tuple(plan), K, 40 * K, names)
+    layout = choice.LayerLayout("stationary", gpu.lookup_linear, gpu.name_of(plan), K, 40 * K, names)
 
     class Layer(torch.nn.Module):
         def __init__(self) -> None:

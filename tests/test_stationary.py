@@ -46,6 +46,7 @@ from tests.shards import CPU, drawn_part, fused_layer
 from tests.strategies import few, random_tensors, spec_extras, specs
 from vllm_vptq.format import LayerSpec, dequantize
 from vllm_vptq.layouts import compact, stationary
+from vllm_vptq.layouts.flat import alike
 from vllm_vptq.layouts.work import ABSENT, PREPARE_COLUMNS, Job, Kind, LookupLayout, Module
 from vllm_vptq.parameters import ModuleShard, cut_module
 
@@ -660,14 +661,17 @@ def test_neighbours_share_a_slice():
 
 @pytest.mark.parametrize("name", ["v8-k65536", "v8-k65536-256", "v12-k65536", "v20-k16384-65536", "v8-k256-256"])
 def test_layers_that_are_alike_have_one_plan(name):
-    """It is a constant of the compiled graph, and equal layers are to be compiled once, whatever their indices."""
+    """It and sizes are constants of the compiled graph, and equal layers are to be compiled once, whatever their
+    indices; or twice, where sizes lie about a step of those allowed."""
     specs = [LayerSpec(320, rows, **FORMATS[name], **EXTRAS["column norm"]) for rows in (96, 48, 48)]
     made = []
-    for seed in (0, 7):
+    for seed in (0, 7, 14, 21):
         tensors = [random_tensors(spec, seed + i) for i, spec in enumerate(specs)]
         whole = [cut_module(own, spec, (0, spec.shape[0]), (0, 320)) for own, spec in zip(tensors, specs, strict=True)]
         made.append(build(whole))
-    assert made[0].plan == made[1].plan
+    assert all(one.plan == made[0].plan for one in made)
+    shapes = [[None if t is None else t.shape for t in one.tensors().values()] for one in made]
+    assert sum(one != other for i, one in enumerate(shapes) for other in shapes[:i]) in (0, 3, 4)  # two kinds at most
     assert not torch.equal(made[0].codes[:1000], made[1].codes[:1000])
 
 
@@ -688,3 +692,11 @@ def test_norm_columns_and_dense_weights_lie_as_in_the_compact_layout(extra):
         mine, theirs = getattr(made, name), getattr(small, name)
         assert (mine is None) == (theirs is None)
         assert mine is None or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 1000, 12345, (1 << 24) + 1])
+def test_sizes_of_lists_are_alike(size):
+    near = alike(size)
+    assert size <= near <= size * 65 / 64 and alike(near) == near
+    if size > 1000:
+        assert alike(near - size // 200) == near

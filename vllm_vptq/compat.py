@@ -84,10 +84,11 @@ def current_config() -> Any:
 def add_to_compile_key(config: Any, name: str, constants: object) -> None:
     """Makes vLLM's compile cache tell apart models whose graphs hold other constants in layer ``name``.
 
-    A layer's plan is a constant of the compiled graph. It depends on the layout and, for the sliced lists of a large
-    book, on the indices themselves, and vLLM's key of the cache knows of neither: a directory quantized anew, or
-    another layout, would run with the graph of the former, and read where its weights are not. ``config`` is the one
-    that the layer was made under: within a multimodal model it is a copy, and the copy is what is hashed.
+    A layer's plan, or its name, and the sizes of its tensors are constants of the compiled graph. They depend on the
+    layout and, for the sliced lists of a large book, on the indices themselves, and vLLM's key of the cache knows of
+    neither: a directory quantized anew, or another layout, would run with the graph of the former, and read where its
+    weights are not. ``config`` is the one that the layer was made under: within a multimodal model it is a copy, and
+    the copy is what is hashed.
     """
     if config is None:
         return

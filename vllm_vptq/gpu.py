@@ -2,10 +2,16 @@
 
 The implementations are in csrc/bindings.cpp and are registered when ``build.cuda_extension`` has loaded the library;
 this file defines the ops, so that they exist, with their fakes, wherever torch does.
+
+Ops take the *name* of a layer's plan: some hundred numbers would be constants of every node of a compiled graph, which
+takes seconds to trace and compile, and be read again at every call. A name is a digest, the same in every process, so
+a cached graph finds the plans of the layers that were laid out before it runs.
 """
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +23,29 @@ from vllm_vptq.layouts import work as jobs
 _library = torch.library.Library("vllm_vptq", "FRAGMENT")
 
 _DEFINITIONS = (
+    "keep_plan(str name, int[] plan) -> ()",
     "lookup_linear(Tensor x, Tensor codes, Tensor books, Tensor? norm, Tensor? columns, Tensor? dense, Tensor? bias, "
-    "Tensor work, int[] plan) -> Tensor",
-    "lookup_weight(Tensor codes, Tensor books, Tensor? norm, Tensor? columns, Tensor? dense, Tensor work, int[] plan)"
+    "Tensor work, str plan) -> Tensor",
+    "lookup_weight(Tensor codes, Tensor books, Tensor? norm, Tensor? columns, Tensor? dense, Tensor work, str plan)"
     " -> Tensor",
     "pack_sliced(Tensor words, int columns, int bits, int shift, int width, int slice_bits, int slices, int tiles)"
     " -> (Tensor, Tensor)",
     "pack_resident(Tensor words, int columns, int bits, int shift, int width, int res_shift, int res_width, int kind, "
     "int loads, int book_rows, int copies, int vector_width) -> Tensor",
 )
+
+
+_shapes: dict[str, tuple[int, int]] = {}
+"""Outputs and inputs of the layers that plans are of, by name."""
+
+
+def name_of(plan: Sequence[int]) -> str:
+    """The name by which ops find a plan, which is kept for good."""
+    name = hashlib.sha256(array("q", plan).tobytes()).hexdigest()[:16]
+    _shapes[name] = jobs.out_features(plan), jobs.in_features(plan)
+    if torch._C._dispatch_has_kernel_for_dispatch_key("vllm_vptq::keep_plan", "CompositeExplicitAutograd"):
+        torch.ops.vllm_vptq.keep_plan(name, plan)
+    return name
 
 
 def lookup_linear(
@@ -37,11 +57,12 @@ def lookup_linear(
     dense: Tensor | None,
     work: Tensor,
     bias: Tensor | None,
-    plan: Sequence[int],
+    plan: str,
 ) -> Tensor:
     """``y [..., out_features]`` of ``x [..., in_features]`` (float16 or bfloat16) through a layer on a GPU.
 
-    The tensors and ``plan`` are those of ``layouts.work.LookupLayout``; ``bias`` is ``[out_features]`` or None.
+    The tensors are those of ``layouts.work.LookupLayout``, ``plan`` the name of its plan (``name_of``); ``bias`` is
+    ``[out_features]`` or None. RuntimeError for a name of no plan that this process has seen.
     """
     return torch.ops.vllm_vptq.lookup_linear(x, codes, books, norm, columns, dense, bias, work, plan)
 
@@ -53,19 +74,19 @@ def lookup_weight(
     columns: Tensor | None,
     dense: Tensor | None,
     work: Tensor,
-    plan: Sequence[int],
+    plan: str,
 ) -> Tensor:
     """The dense weight ``[out_features, in_features]`` of a layer, in the dtype of its books."""
     return torch.ops.vllm_vptq.lookup_weight(codes, books, norm, columns, dense, work, plan)
 
 
-# The last argument of the ops that use a layer is a plan.
+# The last argument of the ops that use a layer is the name of its plan.
 def _fake_product(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], jobs.out_features(rest[-1]))
+    return x.new_empty(*x.shape[:-1], _shapes[rest[-1]][0])
 
 
 def _fake_weight(codes: Tensor, books: Tensor, *rest: Any) -> Tensor:
-    return books.new_empty(jobs.out_features(rest[-1]), jobs.in_features(rest[-1]))
+    return books.new_empty(_shapes[rest[-1]])
 
 
 # An op can be defined once in a process, and a module be imported twice.

@@ -96,7 +96,8 @@ class VPTQLinearMethod(LinearMethodBase):
             self._replace(layer, before, layout, tensors)
             return
         self.layers.add(layout.name, layout.weights, tensors.values())
-        compat.add_to_compile_key(layer.vptq_config, self.prefix, (layout.name, layout.plan))
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors.values()]
+        compat.add_to_compile_key(layer.vptq_config, self.prefix, (layout.name, layout.plan, shapes))
         for name, tensor in tensors.items():
             parameter = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, parameter)

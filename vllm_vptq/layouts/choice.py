@@ -33,12 +33,12 @@ CHOICES = ("auto", *memory.LAYOUTS)
 class LayerLayout:
     """How a layer is laid out, without its tensors, which are parameters of the layer.
 
-    ``apply_op`` is the one op of the layer, ``plan`` its last argument.
+    ``apply_op`` is the one op of the layer, ``plan`` its last argument: numbers, or their name for the ops of a GPU.
     """
 
     name: str
     apply_op: Callable[..., Tensor]
-    plan: tuple[int, ...]
+    plan: tuple[int, ...] | str
     in_features: int
     weights: int
     tensor_names: tuple[str, ...]
@@ -49,7 +49,7 @@ class LayerLayout:
 
     def weight(self, **tensors: Tensor | None) -> Tensor:
         """The dense weight ``[out_features, in_features]``."""
-        if self.apply_op is gpu.lookup_linear:
+        if isinstance(self.plan, str):
             return gpu.lookup_weight(**tensors, plan=self.plan)
         device = next(t.device for t in tensors.values() if t is not None)
         return self.apply(torch.eye(self.in_features, device=device), None, **tensors).T
@@ -109,7 +109,8 @@ def _of(
     tensors: dict[str, Tensor | None] = made.tensors()
     in_features = shards[0].in_features
     weights = sum(shard.out_features for shard in shards) * in_features
-    return LayerLayout(kind, apply_op, tuple(made.plan), in_features, weights, tuple(tensors)), tensors
+    plan = gpu.name_of(made.plan) if apply_op is gpu.lookup_linear else tuple(made.plan)
+    return LayerLayout(kind, apply_op, plan, in_features, weights, tuple(tensors)), tensors
 
 
 class Layers:

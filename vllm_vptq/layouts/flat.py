@@ -9,6 +9,16 @@ _ALIGN_BYTES = 16
 """Streams and books start on 16 bytes, so that a kernel may load them in 16-byte accesses."""
 
 
+def alike(size: int) -> int:
+    """A size of lists, rounded up by 1/64 at most.
+
+    How long lists come out depends on the indices. Sizes of tensors are constants of a compiled graph, and layers of
+    one shape are to have one, not each its own.
+    """
+    step = 1 << max(0, size.bit_length() - 7)
+    return -(-size // step) * step
+
+
 class Flat:
     """Collects tensors for one flat tensor; the same storage twice is kept once."""
 
@@ -36,6 +46,12 @@ class Flat:
         self.parts += other.parts
         self.size += other.size
         return base
+
+    def pad(self, size: int) -> None:
+        """Appends zeros up to a size."""
+        if self.parts and size > self.size:
+            self.parts.append(torch.zeros(size - self.size, dtype=self.dtype, device=self.parts[0].device))
+            self.size = size
 
     def _aligned(self, device: torch.device) -> int:
         """Where the next tensor may start, once zeros fill the room before it."""

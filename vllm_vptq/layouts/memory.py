@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_vptq.layouts.flat import alike
 from vllm_vptq.layouts.passes import COLUMNS_PER_LOAD, SLICE_ROWS, TILE_COLUMNS, books_of, slice_bits_of
 from vllm_vptq.layouts.work import Kind
 from vllm_vptq.parameters import ModuleShard, Segment
@@ -69,7 +70,9 @@ def _large(entries: int) -> bool:
 def _codes(segments: Sequence[Segment], layout: str) -> int:
     if layout == COMPACT:
         return sum(segment.words.numel() * 4 for segment in segments)
-    return sum(_aligned_codes(segment) + (_lists(segment) if layout == STATIONARY else 0) for segment in segments)
+    codes = sum(_aligned_codes(segment) for segment in segments)
+    lists = sum(_lists(segment) for segment in segments) if layout == STATIONARY else 0
+    return alike((codes + lists) // 4) * 4 if lists else codes
 
 
 def _aligned_codes(segment: Segment) -> int:

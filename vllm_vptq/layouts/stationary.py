@@ -21,7 +21,7 @@ import torch
 
 from vllm_vptq.build.toolkit import HOPPER
 from vllm_vptq.layouts import wide, work
-from vllm_vptq.layouts.flat import Flat
+from vllm_vptq.layouts.flat import Flat, alike
 from vllm_vptq.layouts.passes import (
     COLUMNS_PER_LOAD,
     SHARED_BYTES,
@@ -135,6 +135,8 @@ def build(
         start += shard.out_features
     # Behind the codes, whose places then are those of every layer of such a shape, whatever its indices: so are plans.
     base = codes.append(listed)
+    if listed.parts:
+        codes.pad(alike(codes.size))
     parts = [
         replace(module, segments=[(packed.with_lists_at(base), at) for packed, at in module.segments])
         for module in parts
