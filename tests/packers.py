@@ -252,6 +252,7 @@ def _check_few(max_tokens: int, jobs: list[work.Job]) -> None:
         columns = job.column_end - job.column_begin
         assert job.out % 2 == 0
         if job.kind == Kind.SLICED:
+            assert job.codes % 32 == 0  # what a warp loads of a list is one line of the caches
             assert columns <= step and job.column_begin % step == 0
             assert (job.width, job.res_book == ABSENT) in ((8, True), (16, False))
             assert job.book_rows <= SLICE_ROWS * 8 // job.width
