@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +38,7 @@ def main() -> None:
     parser.add_argument("--method", choices=("rtn", "gptq"), required=True)
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group", type=int, required=True, help="inputs that share a scale; must divide all layers'")
-    parser.add_argument("--calibration", action="append", help="as of vptq-quantize run; rtn needs none")
+    parser.add_argument("--calibration", action="append", help="as of vptq-quantize run; rtn takes none")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=40960)
@@ -47,9 +46,9 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (original, tokenizer), (model, _) = (load_any(arguments.model, device) for _ in range(2))
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     quantize(model, tokenizer, arguments)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
     size = (arguments.context, arguments.tokens)
     text = evaluation_text(arguments.text)
     before = score(original, tokenizer, text, *size)
@@ -63,6 +62,7 @@ def main() -> None:
             "context": arguments.context,
             "tokens": arguments.tokens,
             "recipe": {"bits": arguments.bits, "group": arguments.group, "tokens": arguments.calibration_tokens}
+            | {"calibration": [Path(name).name for name in arguments.calibration or []]}
             | {"llmcompressor": version("llmcompressor")},
             "effective_bits": round(arguments.bits + (16 + arguments.bits) / arguments.group, 4),
             "perplexity": round(after.perplexity, 4),
@@ -70,7 +70,7 @@ def main() -> None:
             "excess": round(math.log(after.perplexity / before.perplexity), 4),
             "divergence": round(after.divergence or 0.0, 4),
             "quantize_s": round(seconds, 1),
-            "quantize_cpu_s": round(resource.getrusage(resource.RUSAGE_SELF).ru_utime, 1),
+            "quantize_cpu_s": round(cpu_seconds, 1),
             "load": round(os.getloadavg()[2], 1),
         },
         arguments.results,
