@@ -54,8 +54,9 @@ def contestant(folder: Path) -> Contestant:
 
 
 def overlaps(model: Contestant) -> bool:
-    """Whether compiled kernels start while those before them drain: where nothing is set, the plugin wants it."""
-    return os.environ.get(compat.OVERLAP, "1" if model.kind == "vptq" else "0") == "1"
+    """Whether compiled kernels start while those before them drain: the plugin wants it where nothing is set."""
+    setting = os.environ.get(compat.OVERLAP)
+    return model.kind == "vptq" and compat.overlaps_by_default() if setting is None else setting == "1"
 
 
 def layer_count(folder: Path) -> int:

@@ -18,9 +18,10 @@ from tests.shards import CPU
 from tests.strategies import few, random_tensors
 from vllm_vptq import gpu, ops
 from vllm_vptq.build import BuildError
-from vllm_vptq.format import LayerSpec, dequantize, parse_format
+from vllm_vptq.format import LayerSpec, VPTQFormatError, dequantize, parse_format
 from vllm_vptq.layouts import choice, compact, stationary, streams, work
 from vllm_vptq.layouts.work import Job, Kind, Unit
+from vllm_vptq.linear import VPTQLinearMethod
 from vllm_vptq.parameters import cut_module
 
 SPEC = LayerSpec(96, 40, 8, 256, 16)
@@ -253,6 +254,29 @@ def test_a_layer_on_a_gpu_is_one_node_of_a_graph(calls):
     nodes = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert nodes[0] is torch.ops.vllm_vptq.lookup_linear.default or str(nodes[0]).startswith("vllm_vptq.lookup_linear")
     assert calls == [gpu.name_of(made.plan)] * 3
+
+
+def test_lists_of_about_one_length_are_reloaded_in_place():
+    """Other weights of a layer with lists, whose sizes are rounded; where they are not the same it is refused."""
+    spec = LayerSpec(320, 96, 8, 65536)
+
+    def laid_out(seed: int) -> tuple[choice.LayerLayout, dict[str, Any]]:
+        own = [cut_module(random_tensors(spec, seed), spec, (0, 96), (0, 320))]
+        made = stationary.build(own, torch.float16, CPU, stationary.Gpu(132, True), 64)
+        return choice._of("stationary", gpu.lookup_linear, made, own)
+
+    (before, tensors), (after, others) = laid_out(0), laid_out(7)
+    layer, method = torch.nn.Module(), VPTQLinearMethod("layer", [], choice.Layers())
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
+    places = layer.codes.data_ptr(), layer.work.data_ptr()
+    assert not torch.equal(layer.codes, others["codes"])
+    method._replace(layer, before, after, others)
+    assert torch.equal(layer.codes, others["codes"]) and torch.equal(layer.work, others["work"])
+    assert places == (layer.codes.data_ptr(), layer.work.data_ptr())
+    longer = torch.cat([others["codes"], others["codes"][:128]])
+    with pytest.raises(VPTQFormatError, match=r"layer.*another layout"):
+        method._replace(layer, before, after, others | {"codes": longer})
 
 
 @pytest.mark.parametrize("shape", [(96,), (0, 96), (5, 96), (2, 3, 96)], ids=str)

@@ -304,8 +304,8 @@ def test_the_key_of_the_compile_cache_adds_up(rank):
         ((9, 0), None, {"triton.enable_pdl": False}, False),
         ((8, 9), None, {}, None),
         (None, None, {}, None),
-        ((9, 0), "0", {}, None),
-        ((9, 0), "1", {}, None),
+        ((9, 0), "0", {}, False),
+        ((8, 9), "1", {}, True),
     ],
 )
 def test_compiled_kernels_overlap_ours(monkeypatch, capability, variable, before, after):

@@ -45,12 +45,12 @@ def test_measured_before_as_after_packing(spec, books):
     shards, _ = fused_layer([spec, None])
     layer = memory.measure(shards, LAYOUTS)
     assert layer.weights == sum(shard.out_features * shard.in_features for shard in shards)
-    gaps = 4 * sum(len(shard.segments) for shard in shards) * 128 + 4  # parts begin at multiples of 128 bytes
+    gaps = 4 * sum(len(shard.segments) for shard in shards) * 128 + 4  # before parts, which begin at a line of caches
     for layout, size in layer.nbytes.items():
         found = packed_bytes(shards, layout)
         if layout == STATIONARY and ALIGNED in layer.nbytes:
             continue  # the lists of so few indices are mostly padding; see below
-        assert found == pytest.approx(size, abs=gaps)
+        assert size <= found <= size + gaps
     if ALIGNED not in layer.nbytes:
         assert packed_bytes(shards, ALIGNED) == packed_bytes(shards, STATIONARY)
 

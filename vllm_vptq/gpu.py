@@ -4,8 +4,8 @@ The implementations are in csrc/bindings.cpp and are registered when ``build.cud
 this file defines the ops, so that they exist, with their fakes, wherever torch does.
 
 Ops take the *name* of a layer's plan: some hundred numbers would be constants of every node of a compiled graph, which
-takes seconds to trace and compile, and be read again at every call. A name is a digest, the same in every process, so
-a cached graph finds the plans of the layers that were laid out before it runs.
+takes seconds to trace and compile, and be read again at every call. A name has the layer's sizes and a digest, the
+same in every process, so a cached graph finds the plans of the layers that were laid out before it runs.
 """
 
 from __future__ import annotations
@@ -35,14 +35,10 @@ _DEFINITIONS = (
 )
 
 
-_shapes: dict[str, tuple[int, int]] = {}
-"""Outputs and inputs of the layers that plans are of, by name."""
-
-
 def name_of(plan: Sequence[int]) -> str:
-    """The name by which ops find a plan, which is kept for good."""
-    name = hashlib.sha256(array("q", plan).tobytes()).hexdigest()[:16]
-    _shapes[name] = jobs.out_features(plan), jobs.in_features(plan)
+    """The name by which ops find a plan, which is kept for good; once ``build.cuda_extension`` has loaded them."""
+    digest = hashlib.sha256(array("q", plan).tobytes()).hexdigest()[:16]
+    name = f"{jobs.out_features(plan)}x{jobs.in_features(plan)}-{digest}"
     if torch._C._dispatch_has_kernel_for_dispatch_key("vllm_vptq::keep_plan", "CompositeExplicitAutograd"):
         torch.ops.vllm_vptq.keep_plan(name, plan)
     return name
@@ -80,13 +76,19 @@ def lookup_weight(
     return torch.ops.vllm_vptq.lookup_weight(codes, books, norm, columns, dense, work, plan)
 
 
+def _sizes(plan: str) -> tuple[int, int]:
+    """Outputs and inputs of the layer that a plan is of."""
+    out_features, _, in_features = plan.partition("-")[0].partition("x")
+    return int(out_features), int(in_features)
+
+
 # The last argument of the ops that use a layer is the name of its plan.
 def _fake_product(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], _shapes[rest[-1]][0])
+    return x.new_empty(*x.shape[:-1], _sizes(rest[-1])[0])
 
 
 def _fake_weight(codes: Tensor, books: Tensor, *rest: Any) -> Tensor:
-    return books.new_empty(_shapes[rest[-1]])
+    return books.new_empty(_sizes(rest[-1]))
 
 
 # An op can be defined once in a process, and a module be imported twice.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _ALIGN_BYTES = 128
-"""A line of the caches, and what a warp loads of a list: where that began 16 bytes off, every load was of two lines."""
+"""A line of the caches, and what a warp loads of a list at once."""
 
 
 def alike(size: int) -> int:

@@ -1,7 +1,8 @@
 """What the CUDA kernels are told about a layer: records that mirror csrc/cuda/kernels.h, and the plan of the op.
 
 A layer's work is cut into *jobs*, a thread block's pieces, listed in one int32 tensor on the device (``work``). The
-plan, an ``int[]`` argument of the op, says where in it things lie and holds what the host itself must know.
+plan, numbers that the op finds by a name (``gpu.name_of``), says where in it things lie and holds what the host itself
+must know.
 """
 
 from __future__ import annotations
