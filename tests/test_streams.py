@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels64 import Kernels, Workspace
 from tests.shards import CPU, drawn_part, fused_layer
 from tests.strategies import few, spec_extras, specs
-from tests.test_stationary import Kernels, Workspace
 from vllm_vptq.format import LayerSpec
 from vllm_vptq.layouts import compact, streams
 from vllm_vptq.layouts.work import ABSENT, Job, Kind, LookupLayout, Module
