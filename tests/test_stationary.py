@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels64 import Kernels, decoded_by
-from tests.packers import (
-    OWN_SHARED_BYTES,
-    SLICE_ROWS,
-    Plan,
-    flat,
-)
+from tests.packers import OWN_SHARED_BYTES, SLICE_ROWS, Plan, flat
 from tests.shards import CPU, drawn_part, fused_layer
 from tests.strategies import few, random_tensors, spec_extras, specs
 from vllm_vptq.format import LayerSpec, dequantize

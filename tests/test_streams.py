@@ -1,6 +1,6 @@
 """The compact layout on a GPU without one: its jobs worked off in float64, as csrc/cuda/compact.cu does in fp32.
 
-As in test_stationary.py, memory that nobody has written is NaN, and an address outside of a tensor or a second write
+As in kernels64.py, memory that nobody has written is NaN, and an address outside of a tensor or a second write
 to a place of the workspace or of the weight fail.
 """
 
