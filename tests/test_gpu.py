@@ -265,6 +265,8 @@ def test_input_shapes(layout):
         layer(x[:, :8])
     with pytest.raises(RuntimeError, match="float16 or bfloat16"):
         layer(x.float())
+    with pytest.raises(RuntimeError, match="no layer with this plan was laid out in this process: 48x256-0"):
+        gpu.lookup_linear(x, **layer.layout.tensors(), bias=None, plan="48x256-0")
     for bias in (layer.bias[1:], layer.bias[None], layer.bias.cpu()):
         with pytest.raises(RuntimeError, match="expected a bias of 48 numbers"):
             layer.run(x, bias)
