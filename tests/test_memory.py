@@ -45,7 +45,7 @@ def test_measured_before_as_after_packing(spec, books):
     shards, _ = fused_layer([spec, None])
     layer = memory.measure(shards, LAYOUTS)
     assert layer.weights == sum(shard.out_features * shard.in_features for shard in shards)
-    gaps = 4 * sum(len(shard.segments) for shard in shards) * 128 + 4  # before parts, which begin at a line of caches
+    gaps = 4 * sum(len(shard.segments) for shard in shards) * 16 + 4  # parts begin at multiples of 16 bytes
     for layout, size in layer.nbytes.items():
         found = packed_bytes(shards, layout)
         if layout == STATIONARY and ALIGNED in layer.nbytes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ALIGN_BYTES = 128
+_ALIGN_BYTES = 16
+"""Streams and books start on 16 bytes, so that a kernel may load them in 16-byte accesses."""
+LINE_BYTES = 128
 """A line of the caches, and what a warp loads of a list at once."""
 
 
@@ -20,11 +22,11 @@ def alike(size: int) -> int:
 
 
 class Flat:
-    """Collects tensors for one flat tensor; the same storage twice is kept once."""
+    """Collects tensors for one flat tensor; the same storage twice is kept once. Each starts on ``align_bytes``."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, align_bytes: int = _ALIGN_BYTES) -> None:
         self.dtype = dtype
-        self.align = max(1, _ALIGN_BYTES // dtype.itemsize)
+        self.align = max(1, align_bytes // dtype.itemsize)
         self.parts: list[Tensor] = []
         self.size = 0
         self._seen: dict[tuple[int, int], tuple[int, Tensor]] = {}
@@ -33,7 +35,7 @@ class Flat:
         """Appends a tensor and returns its offset in elements."""
         key = (tensor.data_ptr(), tensor.numel())
         if key not in self._seen:
-            start = self._aligned(tensor.device)
+            start = self._aligned(tensor.device, self.align)
             self.parts.append(tensor.to(self.dtype).flatten())
             self.size += tensor.numel()
             # The tensor is kept with its place, so that its address stays its own.
@@ -42,7 +44,7 @@ class Flat:
 
     def append(self, other: Flat) -> int:
         """Appends all that another one holds, and returns what its offsets are to be raised by."""
-        base = self._aligned(other.parts[0].device) if other.parts else self.size
+        base = self._aligned(other.parts[0].device, other.align) if other.parts else self.size
         self.parts += other.parts
         self.size += other.size
         return base
@@ -53,9 +55,9 @@ class Flat:
             self.parts.append(torch.zeros(size - self.size, dtype=self.dtype, device=self.parts[0].device))
             self.size = size
 
-    def _aligned(self, device: torch.device) -> int:
+    def _aligned(self, device: torch.device, align: int) -> int:
         """Where the next tensor may start, once zeros fill the room before it."""
-        if pad := -self.size % self.align:
+        if pad := -self.size % align:
             self.parts.append(torch.zeros(pad, dtype=self.dtype, device=device))
             self.size += pad
         return self.size

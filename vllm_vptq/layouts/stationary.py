@@ -21,7 +21,7 @@ import torch
 
 from vllm_vptq.build.toolkit import HOPPER
 from vllm_vptq.layouts import wide, work
-from vllm_vptq.layouts.flat import Flat, alike
+from vllm_vptq.layouts.flat import LINE_BYTES, Flat, alike
 from vllm_vptq.layouts.passes import (
     COLUMNS_PER_LOAD,
     SHARED_BYTES,
@@ -111,7 +111,7 @@ def build(
         raise ValueError("the aligned layout takes a GPU with tensor groups")
     if not gpu.serves(shards):
         raise ValueError("the books do not fit this GPU's shared memory")
-    codes, books, listed = Flat(torch.int32), Flat(dtype), Flat(torch.int32)
+    codes, books, listed = Flat(torch.int32), Flat(dtype), Flat(torch.int32, LINE_BYTES)
     norm, columns, dense = Flat(torch.float32), Flat(torch.int32), Flat(dtype)
     decodings: list[Decoding] = []
     dense_modules: list[tuple[int, int, int]] = []
