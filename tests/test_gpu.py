@@ -10,7 +10,7 @@ from tests.shards import fused_layer
 from tests.strategies import spec_extras
 from tests.test_conditioned import between_0_and_1
 from vllm_vptq import gpu
-from vllm_vptq.format import LayerSpec, dequantize
+from vllm_vptq.format import LayerSpec, dequantize, parse_format
 from vllm_vptq.layouts import choice, compact, stationary, streams
 from vllm_vptq.layouts.passes import SLICE_ROWS
 from vllm_vptq.parameters import cut_module
@@ -39,6 +39,10 @@ FORMATS = {
     "v12-k65536": dict(vector_len=12, num_centroids=65536),
     "v16-k16384-32": dict(vector_len=16, num_centroids=16384, num_res_centroids=32),
     "v4-k16-8": dict(vector_len=4, num_centroids=16, num_res_centroids=8),
+    # Short vectors are what `vptq-quantize --bits` writes.
+    "v2-k256": dict(vector_len=2, num_centroids=256),
+    "v3-k2048": dict(vector_len=3, num_centroids=2048),
+    "v5-k256": dict(vector_len=5, num_centroids=256),
     "v5-k1024": dict(vector_len=5, num_centroids=1024),
     "v20-k512-4": dict(vector_len=20, num_centroids=512, num_res_centroids=4),
 }
@@ -135,7 +139,9 @@ def test_formats(name, layout, extra):
 
 @pytest.mark.parametrize("kib", [99, 163])
 @pytest.mark.parametrize("extra", ["column norm", "groups"])
-@pytest.mark.parametrize("name", ["v8-k256-256", "v8-k4096", "v6-k4096", "v12-k4096-4096", "v4-k16-8", "v20-k512-4"])
+@pytest.mark.parametrize(
+    "name", ["v8-k256-256", "v8-k4096", "v6-k4096", "v3-k2048", "v12-k4096-4096", "v4-k16-8", "v20-k512-4"]
+)
 def test_less_shared_memory(name, extra, kib):
     """As on cards before Hopper, without warp groups."""
     hardware = stationary.Gpu(stationary.Gpu.of(DEVICE).processors, False, kib << 10)
@@ -152,6 +158,18 @@ def test_fused(layout, dtype):
     normed = LayerSpec(520, 50, **FORMATS["v6-k4096"], **EXTRAS["column norm"])
     rows = LayerSpec(520, 33, **FORMATS["v8-k256-256"], **EXTRAS["row norm"])
     layer = Layer([plain, None, normed, rows], dtype, layout)
+    for count in TOKENS:
+        layer.check(layer.tokens(count))
+
+
+@pytest.mark.parametrize("layout", ["compact", "stationary"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("extra", ["plain", "column norm"])
+def test_fused_of_three_vector_lengths(layout, dtype, extra):
+    """q, k and v as `vptq-quantize --bits` writes them: each with the books that suit it."""
+    names = {"v3-k128-0": 96, "v4-k512-0": 50, "v8-k512-512": 33}
+    specs = [LayerSpec(520, rows, *parse_format(name), **EXTRAS[extra]) for name, rows in names.items()]
+    layer = Layer(specs, dtype, layout)
     for count in TOKENS:
         layer.check(layer.tokens(count))
 
@@ -199,7 +217,7 @@ def test_more_parts_than_fit_the_arguments_of_a_kernel(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-4096", "v6-k4096"])
+@pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-4096", "v6-k4096", "v3-k2048"])
 def test_shards(name, layout):
     spec = LayerSpec(1024, 200, **FORMATS[name], **EXTRAS["column norm"])
     for rows, columns in [((37, 149), (0, 1024)), ((0, 200), (256, 512)), ((100, 101), (0, 1024))]:

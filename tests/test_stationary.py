@@ -16,7 +16,7 @@ from tests.kernels64 import Kernels, decoded_by
 from tests.packers import OWN_SHARED_BYTES, SLICE_ROWS, Plan, flat
 from tests.shards import CPU, drawn_part, fused_layer
 from tests.strategies import few, random_tensors, spec_extras, specs
-from vllm_vptq.format import LayerSpec, dequantize
+from vllm_vptq.format import LayerSpec, dequantize, parse_format
 from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.flat import alike
 from vllm_vptq.layouts.work import ABSENT, Kind, LookupLayout
@@ -64,6 +64,9 @@ FORMATS = {
     "v8-k65536-512": dict(vector_len=8, num_centroids=65536, num_res_centroids=512),
     "v8-k256-256": dict(vector_len=8, num_centroids=256, num_res_centroids=256),
     "v8-k8192": dict(vector_len=8, num_centroids=8192),
+    "v2-k256": dict(vector_len=2, num_centroids=256),
+    "v3-k2048": dict(vector_len=3, num_centroids=2048),
+    "v5-k256": dict(vector_len=5, num_centroids=256),
     "v6-k4096": dict(vector_len=6, num_centroids=4096),
     "v12-k4096-64": dict(vector_len=12, num_centroids=4096, num_res_centroids=64),
     "v12-k65536": dict(vector_len=12, num_centroids=65536),
@@ -128,7 +131,19 @@ def test_fused(processors):
         assert {v.launches[0].wide for v in plan.variants} <= {ABSENT, Kind.DOT}
 
 
-@pytest.mark.parametrize("name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-64", "v6-k4096", "v20-k16384-65536"])
+@pytest.mark.parametrize("extra", ["plain", "column norm"])
+def test_fused_of_three_vector_lengths(extra):
+    """q, k and v as `vptq-quantize --bits` writes them: each with the books that suit it."""
+    names = {"v3-k128-0": 96, "v4-k512-0": 50, "v8-k512-512": 33}
+    specs = [LayerSpec(520, rows, *parse_format(name), **EXTRAS[extra]) for name, rows in names.items()]
+    for plan in check(*fused_layer(specs)):
+        assert {v.launches[0].wide for v in plan.variants} <= {ABSENT, Kind.DOT}
+        assert len(plan.variants[0].modules) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["v8-k65536-256", "v8-k256-256", "v12-k4096-64", "v6-k4096", "v3-k2048", "v20-k16384-65536"]
+)
 @pytest.mark.parametrize("extra", ["column norm", "row norm"])
 def test_shards_that_skip(name, extra):
     spec = LayerSpec(512, 101, **FORMATS[name], **EXTRAS[extra])
@@ -173,6 +188,8 @@ def test_outputs_in_more_or_fewer_pieces(name):
         ("v8-k65536 v12-k65536", Kind.FAR, 8, None),
         ("v8-k256-256", Kind.BYTE_PAIRS, 0, None),
         ("v8-k8192 v6-k4096", Kind.SHORTS, 0, None),
+        ("v2-k256 v5-k256", Kind.BYTES, 0, None),
+        ("v2-k256 v3-k2048", Kind.DOT, 0, None),
         ("v20-k512-4", Kind.DOT, 0, None),
     ],
 )
@@ -197,7 +214,7 @@ def test_which_kernel_serves(names, wide, most, beside):
 
 @pytest.mark.parametrize("kib", [99, 163])
 @pytest.mark.parametrize("extra", ["column norm", "groups"])
-@pytest.mark.parametrize("name", ["v8-k256-256", "v6-k4096", "v12-k4096-64", "v20-k512-4"])
+@pytest.mark.parametrize("name", ["v8-k256-256", "v6-k4096", "v3-k2048", "v12-k4096-64", "v20-k512-4"])
 def test_less_shared_memory(name, extra, kib):
     """Of cards before Hopper: books are in fewer images there."""
     shards, weight = fused_layer([LayerSpec(480, 61, **FORMATS[name], **EXTRAS[extra])])
