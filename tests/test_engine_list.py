@@ -129,14 +129,25 @@ def test_identical(pair):
 # Models
 
 
-def test_twins_and_the_planted_error(tmp_path):
-    model = Model("v8-k256-16", "bfloat16", perm=True, norm=True, shape="narrow")
+@pytest.mark.parametrize(
+    "model",
+    [
+        Model("v8-k256-16", "bfloat16", perm=True, norm=True, shape="narrow"),
+        Model("v8-k256-16", "bfloat16", perm=True, norm=True, groups=4, outliers=64, shape="narrow"),
+        Model("v8-k256-0+v3-k64-0", "bfloat16", shape="narrow"),
+    ],
+    ids=lambda model: model.name,
+)
+def test_twins_and_the_planted_error(model, tmp_path):
     model.write(tmp_path)
     model.write(tmp_path)
     folder = tmp_path / model.name
     vptq, dense, planted = (load_file(folder / side / "model.safetensors") for side in ("vptq", "dense", "planted"))
     specs = read_layer_specs(json.loads((folder / "vptq" / "config.json").read_text()))
     assert len(specs) == 21
+    formats = [f"v{s.vector_len}-k{s.num_centroids}-{s.num_res_centroids}" for s in specs.layers.values()]
+    assert set(formats[:2]) == set(formats) == set(model.format.split("+"))
+    assert {(s.group_num, s.outlier_size) for s in specs.layers.values()} == {(model.groups, model.outliers)}
     wrong = {}
     for name, spec in specs.items():
         own, spoilt = (
@@ -269,6 +280,20 @@ def test_a_named_layout_is_the_one_that_served(case, monkeypatch):
     assert row["result"] == "skipped" and "VLLM_VPTQ_LAYOUT=aligned" in row["detail"]
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in all_cases() if case.name.startswith("tp 2") and "aligned" in case.name]
+)
+def test_ranks_have_the_named_layout(case):
+    assert case.jobs["vptq"].env == case.jobs["one"].env == {"VLLM_VPTQ_LAYOUT": "aligned"} and case.cards == 2
+    line = "(Worker_TP0) INFO VPTQ weights: 0.02 GiB in {} layout (3.2 bits/weight)\n"
+    one = {"answers": [[answer(0)]], "seconds": 1.0, "log": ""}
+    ranks = [{"weights": 1 << 20, "host_peak": 1 << 30}] * 2
+    for name, result in (("aligned", "passed"), ("stationary", "FAILED")):
+        both = one | {"answers": [[answer(0)], {"ranks": ranks}], "log": line.format(name)}
+        row = verdict(case, {"vptq": both, "one": one, "dense": one})
+        assert row["result"] == result and name in row["detail"], row
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The list and its command
 
@@ -282,6 +307,9 @@ def test_the_list():
     formats = {job.model.format for job in jobs.values()}
     public = {"v8-k65536-0", "v8-k65536-256", "v8-k65536-65536", "v16-k65536-65536", "v8-k256-256", "v6-k4096-0"}
     assert public | {"v12-k4096-4096"} <= formats
+    parallel = [case.jobs["vptq"] for case in cases if case.name.startswith("tp 2 pp 1")]
+    assert {"v8-k65536-0", "v8-k256-256", "v12-k4096-4096"} <= {job.model.format for job in parallel}
+    assert any(job.model.groups > 1 and job.model.outliers for job in parallel)
     assert {job.model.dtype for job in jobs.values()} == {"float16", "bfloat16"}
 
 

@@ -91,16 +91,22 @@ class Case:
 
 BASE = Model("v8-k256-256", "bfloat16", perm=True, norm=True)
 FAR = Model("v8-k65536-0", "float16", norm=True)
+RESIDUAL = Model("v8-k65536-256", "bfloat16", norm=True)
+NARROW = Model("v12-k4096-4096", "float16", norm=True, shape="narrow")
+GROUPED = Model("v8-k256-256", "float16", perm=True, norm=True, groups=4, outliers=64)
+MIXED = Model("v3-k2048-0+v4-k256-0+v5-k1024-0+v6-k4096-0", "float16")
+"""As ``vptq-quantize --bits`` writes it: each module with the books that suit it, and no norm."""
 FORMATS = [
     FAR,
     Model("v8-k65536-0", "bfloat16", perm=True),
-    Model("v8-k65536-256", "bfloat16", norm=True),
+    RESIDUAL,
     Model("v8-k65536-65536", "float16"),
     Model("v16-k65536-65536", "float16", perm=True, norm=True),
     BASE,
     Model("v8-k256-256", "float16"),
     Model("v6-k4096-0", "bfloat16", shape="narrow"),
-    Model("v12-k4096-4096", "float16", norm=True, shape="narrow"),
+    NARROW,
+    MIXED,
 ]
 
 
@@ -380,11 +386,13 @@ def memory(name: str, model: Model, layout: str, bits: float) -> Case:
 # Several cards, and real models
 
 
-def parallel(model: Model, tp: int, pp: int) -> Case:
+def parallel(model: Model, tp: int, pp: int, layout: str | None = None) -> Case:
+    """Several cards against one, and against the dense twin; ``layout``: one that ``auto`` would not choose."""
     options = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+    env = {"VLLM_VPTQ_LAYOUT": layout} if layout else {}
     jobs = {
-        "vptq": Job(model, options=options, cards=tp * pp, steps=(SUITE, ("memory", {}))),
-        "one": Job(model),
+        "vptq": Job(model, options=options, cards=tp * pp, steps=(SUITE, ("memory", {})), env=env),
+        "one": Job(model, env=env),
         "dense": Job(model, "dense"),
     }
 
@@ -392,14 +400,18 @@ def parallel(model: Model, tp: int, pp: int) -> Case:
         mine = answers(outcomes["vptq"])
         found = compare(mine, answers(outcomes["one"]), BOUNDS[model.dtype])
         compare(mine, answers(outcomes["dense"]), BOUNDS[model.dtype])
+        had = layouts(outcomes["vptq"])
+        assert layout is None or set(had) == {layout}, had
         ranks = answers(outcomes["vptq"], 1)["ranks"]
         weights = " ".join(f"{rank['weights'] / 2**20:.0f}" for rank in ranks)
         host = max(rank["host_peak"] for rank in ranks) / 2**30
         seconds = load_seconds(outcomes["vptq"]["log"])
         loaded = f"loaded in {seconds:.1f} s" if seconds is not None else "loading time not logged"
-        return f"{found}; weights by rank {weights} MiB, host peak {host:.1f} GiB, {loaded}"
+        lie = " and ".join(dict.fromkeys(had))
+        return f"{found}; weights by rank {weights} MiB, {lie}, host peak {host:.1f} GiB, {loaded}"
 
-    return Case(f"tp {tp} pp {pp} {model.format}", jobs, check, cpu=pp == 1 and tp == 2)
+    name = " ".join([f"tp {tp} pp {pp} {model.format}", *model.books, *([layout] if layout else [])])
+    return Case(name, jobs, check, cpu=pp == 1 and tp == 2 and layout is None)
 
 
 @dataclass(frozen=True)
@@ -432,15 +444,14 @@ def real(model: Real) -> Case:
 
 def all_cases(reals: list[Real] | None = None) -> list[Case]:
     """The list; those of several cards last."""
-    narrow = FORMATS[-1]
     large = replace(BASE, shape="large", dtype="float16", perm=False, twin=False)
     return [
         *map(tokens, FORMATS),
         planted(),
         variant("eager", BASE, cpu=True, options={"enforce_eager": True}),
         in_layout("compact", BASE),
-        in_layout("compact", FORMATS[2]),
-        in_layout("aligned", FORMATS[2]),
+        in_layout("compact", RESIDUAL),
+        in_layout("aligned", RESIDUAL),
         in_layout("aligned", FORMATS[4]),
         Case("fp8 KV cache", pair(BASE, options={"kv_cache_dtype": "fp8"}), twins_agree(BASE.dtype, FP8_BOUNDS)),
         prefix_caching(),
@@ -460,9 +471,12 @@ def all_cases(reals: list[Real] | None = None) -> list[Case]:
         memory("memory, aligned", replace(large, format="v8-k65536-0"), "aligned", 2.35),
         *map(real, reals or []),
         parallel(BASE, 2, 1),
-        parallel(narrow, 2, 1),
+        parallel(NARROW, 2, 1),
+        parallel(FAR, 2, 1),
+        parallel(GROUPED, 2, 1),
+        parallel(RESIDUAL, 2, 1, "aligned"),
         parallel(BASE, 1, 2),
-        parallel(narrow, 4, 1),
+        parallel(NARROW, 4, 1),
         parallel(BASE, 2, 2),
     ]
 

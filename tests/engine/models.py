@@ -19,6 +19,8 @@ from vllm_vptq.format import LayerSpec, dequantize, parse_format
 VOCABULARY = 2048
 HEAD_STD = 2.5
 """Of logits: a model as sure of its next token as a trained one, whose two best are seldom close."""
+OUTLIER_BOOK = (4, 4096)
+"""Vector length and centroids of the book for outlier columns."""
 SHAPES = {
     "small": Shape("LlamaForCausalLM", "llama", 1024, 2816, 2, 8, 2, 128, VOCABULARY, 1e4),
     "narrow": Shape("LlamaForCausalLM", "llama", 768, 2048, 3, 12, 4, 64, VOCABULARY, 1e4),
@@ -30,12 +32,17 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Model:
-    """A model to be made. ``dtype`` is that of books, norms and dense tensors, and of the dense checkpoint."""
+    """A model to be made. ``dtype`` is that of books, norms and dense tensors, and of the dense checkpoint.
+
+    ``format`` may be several, as ``v3-k128-0+v8-k512-512``: modules take them in turn. ``outliers``: columns.
+    """
 
     format: str
     dtype: str = "float16"
     perm: bool = False
     norm: bool = False
+    groups: int = 1
+    outliers: int = 0
     shape: str = "small"
     seed: int = 0
     twin: bool = True
@@ -44,8 +51,14 @@ class Model:
     @property
     def name(self) -> str:
         """Names its folder."""
-        extras = ["perm"] * self.perm + ["norm"] * self.norm + [str(self.seed)] * bool(self.seed)
+        extras = ["perm"] * self.perm + ["norm"] * self.norm + self.books + [str(self.seed)] * bool(self.seed)
         return "-".join([self.shape, self.format, self.dtype, *extras])
+
+    @property
+    def books(self) -> list[str]:
+        """Which books it has beside those of its format."""
+        groups = [f"{self.groups}-groups"] * (self.groups > 1)
+        return groups + [f"{self.outliers}-outliers"] * bool(self.outliers)
 
     def write(self, folder: Path) -> None:
         """Writes ``vptq``, ``dense`` ``planted`` (vptq with 8 wrong rows in one layer), ``adapter``."""
@@ -61,7 +74,8 @@ class Model:
 
     def _write(self, out: Path) -> None:
         shape, dtype = SHAPES[self.shape], getattr(torch, self.dtype)
-        v, k, r = parse_format(self.format)
+        formats = [parse_format(name) for name in self.format.split("+")]
+        outliers = (self.outliers, *OUTLIER_BOOK) if self.outliers else ()
         gen = torch.Generator().manual_seed(self.seed)
         scale = HEAD_STD * shape.hidden**-0.5
         common = {
@@ -76,7 +90,8 @@ class Model:
                 common[f"{prefix}{norm}.weight"] = torch.ones(shape.hidden, dtype=dtype)
             for name, (outputs, inputs) in shape.linears().items():
                 module = prefix + name
-                spec = LayerSpec(inputs, outputs, v, k, r, enable_perm=self.perm, enable_norm=self.norm)
+                books = (*formats[len(specs) % len(formats)], self.groups, *outliers)
+                spec = LayerSpec(inputs, outputs, *books, enable_perm=self.perm, enable_norm=self.norm)
                 own = np.random.Generator(np.random.SFC64([self.seed, len(specs)]))
                 tensors = module_tensors(spec, dtype, own)
                 specs[module] = spec
