@@ -1,0 +1,185 @@
+"""Tiny layers for compute-sanitizer, one family of kernels a run:   python -m tests.sanitize wide
+
+``scripts/sanitize.sh`` starts it, under memcheck and under racecheck. ``--list`` prints each family, the names of its
+kernels and what it runs; ``--build`` compiles the kernels, so that no run under the sanitizer waits for nvcc. Results
+are compared with float64 on the way. Exit code 2 without a GPU, 4 where the GPU has no such kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantize import native
+from tests.strategies import spec_extras
+from tests.test_gpu import DEVICE, Layer
+from vllm_vptq.build import cuda_extension
+from vllm_vptq.format import LayerSpec, parse_format
+from vllm_vptq.layouts import choice
+from vllm_vptq.layouts.stationary import Gpu
+
+NO_GPU, NO_KERNELS = 2, 4
+SMALL_SHARED_BYTES = 99 << 10
+"""Of cards without warp groups, on which ``resident.cuh`` serves."""
+EXTRAS = spec_extras(num_outlier_centroids=700)
+BOOKS = [(8, 4096, 0), (4, 256, 16), (8, 16384, 0), (4, 16384, 16)]
+"""Vector length, main and residual book of the quantizer's search: one warp looks through the first two."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fused layer, a module of ``shape`` for each format in ``formats`` (``v2-k256-0+v3-k2048-0``), and its calls."""
+
+    formats: str
+    tokens: tuple[int, ...]
+    extra: str = "plain"
+    layout: str = "stationary"
+    shape: tuple[int, int] = (72, 264)
+
+    def specs(self) -> list[LayerSpec | None]:
+        """Of its modules."""
+        extras = EXTRAS[self.extra]
+        rows, columns = self.shape[0], self.shape[1] + extras.get("outlier_size", 0)
+        return [LayerSpec(columns, rows, *parse_format(name), **extras) for name in self.formats.split("+")]
+
+    def __str__(self) -> str:
+        calls = ", ".join(map(str, self.tokens))
+        return f"{self.formats} {self.extra} {self.layout} {self.shape[0]} x {self.shape[1]}, tokens {calls}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels to watch, by parts of their names, and what launches them: layers, or the quantizer's search.
+
+    ``needs``: a layout that the GPU must have. ``small``: as on a card without warp groups.
+    """
+
+    kernels: tuple[str, ...]
+    cases: tuple[Case, ...] = ()
+    needs: str = "stationary"
+    small: bool = False
+
+    def hardware(self) -> Gpu | None:
+        """What layers are laid out for, if not for the GPU at hand."""
+        return Gpu(Gpu.of(DEVICE).processors, False, SMALL_SHARED_BYTES) if self.small else None
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.cases)) or f"books {BOOKS}"
+
+
+COUNTS = (5, 13, 29, 60, 100)
+"""One of each kernel of ``wide.cuh``."""
+LISTS = ("v8-k65536-0", "v16-k65536-65536", "v8-k65536-256")
+FAMILIES = {
+    "wide": Family(
+        ("wide_kernel",),
+        (
+            Case("v2-k256-0", COUNTS),
+            Case("v8-k256-256", (1, *COUNTS), "column norm"),
+            Case("v6-k4096-0", COUNTS, "groups"),
+            Case("v3-k128-0+v4-k512-0+v8-k512-512", COUNTS),
+            Case("v8-k65536-0", COUNTS, layout="aligned"),
+            Case("v8-k65536-256", COUNTS, "column norm", layout="aligned"),
+        ),
+        needs="aligned",
+    ),
+    "sliced": Family(("multiply_kernel",), tuple(Case(name, (5, 8), "column norm") for name in LISTS)),
+    "single": Family(("multiply_kernel",), tuple(Case(name, (1,), "column norm") for name in LISTS)),
+    "resident": Family(
+        ("multiply_kernel",),
+        (
+            Case("v2-k256-0", (1, 5, 13)),
+            Case("v8-k256-256", (1, 5, 13), "column norm"),
+            Case("v12-k4096-4096", (1, 5, 13), "groups"),
+        ),
+        needs="compact",
+        small=True,
+    ),
+    "finish": Family(
+        ("finish_kernel", "finish_many_kernel"),
+        (
+            Case("v8-k65536-0+v8-k256-256", (1, 5, 13, 100), "row norm"),
+            Case("v6-k4096-0", (1, 2, 9, 64), "column norm"),
+            Case("v8-k65536-0", (1, 2), shape=(8, 20000)),
+        ),
+    ),
+    "prepare": Family(
+        ("prepare_kernel",),
+        (Case("v8-k256-256", (1, 13, 100), "column norm"), Case("v8-k65536-0", (1, 8, 40), "groups")),
+    ),
+    "decode": Family(
+        ("decode_kernel",),
+        tuple(
+            Case(name, (300,), "column norm")
+            for name in ("v2-k256-0", "v8-k256-256", "v6-k4096-0", "v12-k4096-4096", "v8-k65536-0", "v8-k65536-256")
+        ),
+    ),
+    "compact": Family(
+        ("compact_kernel", "decode_compact_kernel"),
+        (
+            Case("v8-k65536-256", (1, 8, 13, 40), "column norm", layout="compact"),
+            Case("v3-k2048-0", (1, 8, 13, 40), "groups", layout="compact"),
+            Case("v8-k256-256", (1, 8, 13, 40), "outliers", layout="compact"),
+        ),
+        needs="compact",
+    ),
+    "packing": Family(
+        ("codes_kernel", "count_kernel", "lists_kernel"),
+        tuple(Case(name, (1,)) for name in ("v2-k256-0", "v6-k4096-0", "v8-k256-256", *LISTS)),
+    ),
+    "assign": Family(("search", "leave", "choose", "spread", "code_rows"), needs="compact"),
+}
+
+
+def multiply(family: Family) -> None:
+    """Lays its layers out and calls them; AssertionError if a result is wrong."""
+    for case in family.cases:
+        for dtype in (torch.float16, torch.bfloat16):
+            print(case, dtype, flush=True)
+            layer = Layer(case.specs(), dtype, case.layout, hardware=family.hardware())
+            for count in case.tokens:
+                layer.check(layer.tokens(count))
+
+
+def search() -> None:
+    """The quantizer's search for centroids: of points, and in a block of columns, which is coded and swept."""
+    for v, k, r in BOOKS:
+        print(f"v {v} k {k} r {r}", flush=True)
+        main = torch.randn(k, v, device=DEVICE)
+        residual = torch.randn(r, v, device=DEVICE) / 3 if r else None
+        native.assign(torch.randn(300, v, device=DEVICE), main, residual, 4)
+        block = torch.randn(6, 70, v, device=DEVICE)
+        matrix = (torch.randn(6, 6, device=DEVICE) / 20 + 2 * torch.eye(6, device=DEVICE)).triu()
+        codes = [torch.zeros(6, 70, dtype=torch.int64, device=DEVICE) for _ in range(2)]
+        for step in (native.code_block, native.sweep_block):
+            step(block, matrix, main, residual, 4, (codes[0], codes[1] if r else None))
+    torch.cuda.synchronize()
+
+
+def main(words: Sequence[str]) -> int:
+    """The exit code."""
+    if list(words) == ["--list"]:
+        for name, family in FAMILIES.items():
+            print(name, ",".join(family.kernels), family, sep="\t")
+        return 0
+    if not torch.cuda.is_available():
+        print("error: no GPU that torch can use; vllm-vptq doctor says why", file=sys.stderr)
+        return NO_GPU
+    cuda_extension()
+    if not native.available(DEVICE):
+        print("error: the quantizer's CUDA library could not be built; vllm-vptq doctor says why", file=sys.stderr)
+        return 1
+    for name in words if list(words) != ["--build"] else ():
+        family = FAMILIES[name]
+        if family.needs not in ("compact", *choice.available(DEVICE)):
+            print(f"this GPU has no {family.needs} layout")
+            return NO_KERNELS
+        multiply(family) if family.cases else search()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
