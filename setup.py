@@ -17,7 +17,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from vllm_vptq.build import BuildError, cuda, toolkit  # noqa: E402
+from vllm_vptq.build import BuildError, cuda, plain_cuda, toolkit  # noqa: E402
 
 
 def ahead_of_time() -> dict[str, Any]:
@@ -39,12 +39,14 @@ def ahead_of_time() -> dict[str, Any]:
     names = toolkit.parse_architectures(named) if named else toolkit.supported(found, toolkit.AHEAD_OF_TIME)
 
     class Build(BuildExtension):
-        """Leaves beside the library what it was built from, for the check at load."""
+        """Leaves beside the library what it was built from, for the check at load, and those of the quantizer."""
 
         def run(self) -> None:
             super().run()
-            target = Path(self.get_ext_fullpath(extension.name)).parent / cuda.MANIFEST
-            target.write_text(cuda.manifest(ROOT / "csrc", names))
+            target = Path(self.get_ext_fullpath(extension.name)).parent
+            (target / cuda.MANIFEST).write_text(cuda.manifest(ROOT / "csrc", names))
+            for source in plain_cuda.source_files(ROOT / "csrc"):
+                plain_cuda.install(found, source, target, names)
 
     extension = CUDAExtension(
         "vllm_vptq._C",

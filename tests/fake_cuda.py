@@ -15,6 +15,7 @@ _NVCC = """#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
   --list-gpu-arch) printf 'compute_80\\ncompute_86\\ncompute_90\\ncompute_100\\n' ;;
+  *) for last; do :; done; echo library > "$last" ;;
 esac
 """
 # In place of python: notes that it ran, takes a moment, and leaves what `python -m vllm_vptq.build.extension` leaves.
@@ -80,8 +81,10 @@ class FakeMachine:
 
 def write_sources(folder: Path) -> None:
     """As little as counts as the source of an extension."""
-    (folder / "cuda").mkdir(parents=True)
-    for name in ("bindings.cpp", "shared.h", "cuda/kernel.cu", "cuda/device.cuh", "cuda/kernel.h"):
+    for part in ("cuda", "quantize"):
+        (folder / part).mkdir(parents=True)
+    kernels = ("cuda/kernel.cu", "cuda/device.cuh", "cuda/kernel.h", "quantize/assign.cu")
+    for name in ("bindings.cpp", "shared.h", *kernels):
         (folder / name).write_text(f"// {name}\n")
 
 

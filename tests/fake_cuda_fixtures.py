@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.fake_cuda import FakeMachine, write_sources
-from vllm_vptq.build import cuda
+from vllm_vptq.build import cuda, plain_cuda
 
 
 @pytest.fixture
@@ -21,7 +21,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeMachine:
     fake.toolkit("13.0")
     fake.builder(f'echo library > "$4/{cuda.NAME}.so"')
     write_sources(fake.source)
-    monkeypatch.setattr(cuda, "sources", lambda: fake.source)
     fake.package.mkdir()
-    monkeypatch.setattr(cuda, "package", lambda: fake.package)
+    for module in (cuda, plain_cuda):
+        monkeypatch.setattr(module, "sources", lambda: fake.source)
+        monkeypatch.setattr(module, "package", lambda: fake.package)
     return fake

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from tests.fake_cuda import FakeMachine, script
-from vllm_vptq.build import BuildError, cache, cpu, cuda
+from vllm_vptq.build import BuildError, cache, cpu, cuda, plain_cuda
 from vllm_vptq.build.errors import first_error
-from vllm_vptq.build.toolkit import gencode, parse_architectures, runs_on
+from vllm_vptq.build.toolkit import find_toolkit, gencode, parse_architectures, runs_on
 
 pytest_plugins = ("tests.fake_cuda_fixtures",)
 fork = multiprocessing.get_context("fork")  # the children keep what a test patched
@@ -167,7 +167,7 @@ def test_extension_that_does_not_build_is_tried_once(machine: FakeMachine) -> No
 
 def test_extension_depends_on_all_that_goes_into_it(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [cuda.locate().path]
-    for file in sorted(file for file in machine.source.rglob("*") if file.is_file()):
+    for file in sorted(file for file in machine.source.rglob("*") if file.is_file() and file.parent.name != "quantize"):
         file.write_text("changed")
         paths.append(cuda.locate().path)
     assert len(paths) == 6
@@ -254,6 +254,45 @@ def test_library_that_does_not_load_is_named(machine: FakeMachine) -> None:
             cuda.cuda_extension()
     finally:
         cuda._outcome.cache_clear()
+
+
+# The quantizer's CUDA library.
+
+
+def test_plain_library_is_built_once_and_depends_on_its_source(machine: FakeMachine) -> None:
+    library = plain_cuda.locate("assign")
+    assert library.architectures == ("9.0a",) and not library.built
+    assert at_once(3, lambda: plain_cuda.build(library, "assign")) == ["done"] * 3
+    assert plain_cuda.locate("assign") == library and library.built
+    (machine.source / "quantize" / "assign.cu").write_text("changed")
+    assert not plain_cuda.locate("assign").built
+    machine.gpus((8, 0), (9, 0))
+    assert plain_cuda.locate("assign").architectures == ("8.0", "9.0a")
+
+
+def test_plain_library_of_the_installation(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = machine.source / "quantize" / "assign.cu"
+    plain_cuda.install(find_toolkit(), source, machine.package, ("8.0", "9.0a"))
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    found = plain_cuda.locate("assign")
+    assert found.ahead_of_time and found.built and found.path.parent == machine.package
+
+
+def test_plain_library_of_the_installation_that_does_not_fit(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = machine.source / "quantize" / "assign.cu"
+    plain_cuda.install(find_toolkit(), source, machine.package, ("8.0",))
+    found = plain_cuda.locate("assign")
+    assert (found.ahead_of_time, found.passed_over) == (False, "built for 8.0, not for 9.0a")
+    machine.gpus((8, 6))
+    assert plain_cuda.locate("assign").ahead_of_time
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert "this is 9.9" in plain_cuda.locate("assign").passed_over
+    source.write_text("changed")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(BuildError, match="CUDA_HOME is /nowhere"):
+        plain_cuda.locate("assign")
 
 
 # Small tables.

@@ -86,7 +86,8 @@ def locate() -> Extension:
     if torch.version.cuda is None:
         raise BuildError(f"torch {torch.__version__} has no CUDA; install vLLM's package for GPUs, which brings one")
     present = gpus()
-    ahead, passed_over = _ahead_of_time(present)
+    library = next(package().glob("_C*.so"), None)
+    ahead, passed_over = installed(library, package() / MANIFEST, fingerprint(sources()), present)
     if ahead:
         return ahead
     if not source_files(sources()):
@@ -128,25 +129,30 @@ def fingerprint(source: Path) -> str:
 
 
 def manifest(source: Path, architectures: tuple[str, ...]) -> str:
-    """What ``setup.py`` writes beside the library that it builds."""
+    """What ``setup.py`` writes beside the extension that it builds."""
+    return describe(fingerprint(source), architectures)
+
+
+def describe(built_from: str, architectures: tuple[str, ...]) -> str:
+    """What ``setup.py`` writes beside a library: the name of its sources, this torch, and what it was built for."""
     import torch
 
-    return json.dumps(
-        {"sources": fingerprint(source), "torch": torch.__version__, "architectures": architectures}, indent=1
-    )
+    return json.dumps({"sources": built_from, "torch": torch.__version__, "architectures": architectures}, indent=1)
 
 
-def _ahead_of_time(present: list[Capability]) -> tuple[Extension | None, str]:
+def installed(
+    library: Path | None, description: Path, built_from: str, present: list[Capability]
+) -> tuple[Extension | None, str]:
+    """The library that ``setup.py`` built, if there is one that fits; else why it is passed over."""
     import torch
 
-    library, description = next(package().glob("_C*.so"), None), package() / MANIFEST
-    if library is None or not description.exists():
+    if library is None or not (library.exists() and description.exists()):
         return None, ""
     made = json.loads(description.read_text())
     # A library for another torch may load all the same, and crash later.
     if made["torch"] != torch.__version__:
         return None, f"built for torch {made['torch']}, this is {torch.__version__}"
-    if made["sources"] != fingerprint(sources()):
+    if made["sources"] != built_from:
         return None, "built from other sources"
     names = tuple(made["architectures"])
     if missing := [architecture(gpu) for gpu in present if not runs_on(names, gpu)]:

@@ -1,4 +1,4 @@
-"""Finds or builds CUDA code behind a C interface: no torch headers, compiled by nvcc at first use and cached."""
+"""Finds or builds CUDA code behind a C interface: no torch headers, compiled by nvcc, when installing or at first use."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from vllm_vptq.build.cache import build_once, contents, folder, key, logger, sources
-from vllm_vptq.build.cuda import gpus
+from vllm_vptq.build.cache import build_once, contents, folder, key, logger, package, sources
+from vllm_vptq.build.cuda import Extension, describe, gpus, installed
 from vllm_vptq.build.errors import BuildError, first_error
 from vllm_vptq.build.toolkit import NVCC_FLAGS, Toolkit, architecture, fitting_toolkit, gencode
 
@@ -19,25 +19,69 @@ def cuda_library(name: str) -> ctypes.CDLL:
 
     Its functions take the device and the stream as arguments.
     """
+    library = locate(name)
+    build(library, name)
+    return ctypes.CDLL(str(library.path))
+
+
+def locate(name: str) -> Extension:
+    """The library for the GPUs present, without building it; BuildError if there is none and none can be built."""
     import torch
 
     if torch.version.cuda is None:
         raise BuildError(f"torch {torch.__version__} has no CUDA; install one for GPUs")
-    toolkit, source = fitting_toolkit(torch.version.cuda), sources() / "quantize" / f"{name}.cu"
-    names = tuple(architecture(gpu) for gpu in gpus())
+    present, source = gpus(), _source(name)
+    ahead, passed_over = installed(*_installed_files(package(), name), _fingerprint(source), present)
+    if ahead:
+        return ahead
+    toolkit, names = fitting_toolkit(torch.version.cuda), tuple(architecture(gpu) for gpu in present)
     target = folder() / f"{name}-cuda-{key(contents([source]), toolkit.version, *NVCC_FLAGS, *names)}.so"
-    if not target.exists():
-        logger.info("Building %s for %s: about 20 s, once", source.name, ", ".join(names))
-    build_once(target, lambda private: compile_library(toolkit, source, private / f"{name}.so", names))
-    return ctypes.CDLL(str(target))
+    return Extension(target, names, False, toolkit, passed_over)
+
+
+def build(library: Extension, name: str) -> None:
+    """Builds the library into the cache, unless it is there, or waits for the process that does."""
+    source = _source(name)
+    if not library.built:
+        logger.info("Building %s for %s: about 20 s, once", source.name, ", ".join(library.architectures))
+
+    def compile_here(private: Path) -> Path:
+        assert library.toolkit
+        return compile_library(library.toolkit, source, private / f"{name}.so", library.architectures)
+
+    build_once(library.path, compile_here)
+
+
+def source_files(source: Path) -> list[Path]:
+    """Each is a library of its own."""
+    return sorted((source / "quantize").glob("*.cu"))
+
+
+def install(toolkit: Toolkit, source: Path, target: Path, architectures: tuple[str, ...]) -> None:
+    """Builds a library from one file into a package that is being installed, and leaves beside it what it is."""
+    library, description = _installed_files(target, source.stem)
+    compile_library(toolkit, source, library, architectures)
+    description.write_text(describe(_fingerprint(source), architectures))
 
 
 def compile_library(toolkit: Toolkit, source: Path, target: Path, architectures: tuple[str, ...]) -> Path:
     """Compiles one file to a shared library; BuildError with the compiler's first error."""
-    flags = [*NVCC_FLAGS, *gencode(architectures), "-shared", "-Xcompiler", "-fPIC"]
+    flags = [*NVCC_FLAGS, *gencode(architectures), "--threads=0", "-shared", "-Xcompiler", "-fPIC"]
     done = subprocess.run(
         [str(toolkit.nvcc), *flags, str(source), "-o", str(target)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise BuildError(f"{toolkit.nvcc} could not build {source.name}: {first_error(done.stdout + done.stderr)}")
     return target
+
+
+def _source(name: str) -> Path:
+    return sources() / "quantize" / f"{name}.cu"
+
+
+def _fingerprint(source: Path) -> str:
+    return key(contents([source]))
+
+
+def _installed_files(target: Path, name: str) -> tuple[Path, Path]:
+    return target / f"{name}-cuda.so", target / f"{name}-cuda.json"
