@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,26 @@ def _class(name: str, layout: str) -> str:
     return stationary.class_of(max(k, r))
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", help="of the GPU that was measured, for example 9.0")
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--table", type=Path, default=Path(choice.__file__).with_name("crossovers.json"))
-    arguments = parser.parse_args()
-    found = crossovers([row for path in arguments.results for row in json.loads(path.read_text())["rows"]])
+    arguments = parser.parse_args(words)
+    results = [json.loads(path.read_text()) for path in arguments.results]
+    found = crossovers([row for result in results for row in result["rows"]])
     table = json.loads(arguments.table.read_text())
-    table[arguments.capability] = table["default"] | found
+    origin = "; ".join(map(_origin, results))
+    # Classes that were not measured keep the default's tokens, and nothing says where those were measured.
+    row = {"tokens": table["default"]["tokens"] | found, "measured": dict.fromkeys(found, origin)}
+    table[arguments.capability] = row
     arguments.table.write_text(json.dumps(table, indent=2) + "\n")
-    print(json.dumps(table[arguments.capability], indent=2))
+    print(json.dumps(row, indent=2))
+
+
+def _origin(result: dict[str, Any]) -> str:
+    commits = dict.fromkeys(row["commit"] for row in result["rows"])
+    return f"{result['gpu']}, {result['date']}, {' and '.join(commits)}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.crossovers import crossovers
+from benchmarks.crossovers import main as make_crossovers
 from tests.packers import Plan
 from tests.shards import CPU
 from tests.strategies import few, random_tensors
@@ -111,9 +115,20 @@ def test_float32_is_an_error_on_a_gpu(monkeypatch):
 
 def test_crossovers_are_numbers_for_every_class():
     classes = {"compact", "resident", "far"}
+    assert {"default", "9.0"} <= choice._crossovers().keys()
     for name, table in choice._crossovers().items():
         assert set(table) == classes, name
         assert all(isinstance(tokens, int) and tokens > 0 for tokens in table.values())
+
+
+def test_every_crossover_says_where_it_was_measured_or_that_it_was_not():
+    table = json.loads((Path(choice.__file__).parent / "crossovers.json").read_text())
+    assert set(table["default"]) == {"tokens", "assumed"} and table["default"]["assumed"].startswith("not measured")
+    for name, row in table.items():
+        if name != "default":
+            assert set(row) == {"tokens", "measured"} and set(row["measured"]) == set(row["tokens"])
+            origins = row["measured"].values()
+            assert all(re.match(r"NVIDIA \w+, \d{4}-\d\d-\d\d, [0-9a-f]{7}\b", origin) for origin in origins), name
 
 
 @pytest.mark.parametrize(
@@ -150,6 +165,23 @@ def test_crossovers_from_measurements():
     assert crossovers([r for r in rows if r.get("norm")]) == {"far": 16}
     assert crossovers([r for r in rows if not r.get("norm")]) == {"compact": 8, "far": 64 + 16}
     assert crossovers(rows) == {"compact": 8, "far": (16 + 80) // 2}
+
+
+def test_a_new_row_of_crossovers_says_where_it_was_measured(tmp_path):
+    call = dict(layout="stationary", format="v8-k4096", layer="8B o", dense_us=10.0, commit="abc")
+    result = {"gpu": "NVIDIA B200", "date": "2027-01-02", "rows": [dict(call, tokens=64, us=0.5)]}
+    result["rows"].append(dict(call, tokens=1024, us=40.0))
+    (tmp_path / "kernels.json").write_text(json.dumps(result))
+    default = {"tokens": {"compact": 5, "resident": 48, "far": 32}, "assumed": "not measured"}
+    (tmp_path / "table.json").write_text(json.dumps({"default": default}))
+    make_crossovers(["10.0", str(tmp_path / "kernels.json"), "--table", str(tmp_path / "table.json")])
+    assert json.loads((tmp_path / "table.json").read_text()) == {
+        "default": default,
+        "10.0": {
+            "tokens": {"compact": 5, "resident": 1024, "far": 32},
+            "measured": {"resident": "NVIDIA B200, 2027-01-02, abc"},
+        },
+    }
 
 
 def test_crossover_where_looking_up_always_pays_or_never():

@@ -210,7 +210,10 @@ def chosen() -> str:
 
 
 def crossover(device: torch.device, layout: str, shards: Sequence[ModuleShard]) -> int:
-    """The most tokens for which looking weights up beats decoding them for cuBLAS: measured, see crossovers.json."""
+    """The most tokens for which looking weights up beats decoding them for cuBLAS, by crossovers.json.
+
+    Measured on the kinds of GPU that have a row there; what others get is assumed.
+    """
     table = _crossovers()
     major, minor = torch.cuda.get_device_capability(device)
     return (table.get(f"{major}.{minor}") or table["default"])[
@@ -220,7 +223,9 @@ def crossover(device: torch.device, layout: str, shards: Sequence[ModuleShard]) 
 
 @cache
 def _crossovers() -> dict[str, dict[str, int]]:
-    return dict(json.loads(resources.files("vllm_vptq.layouts").joinpath("crossovers.json").read_text()))
+    """Tokens by class of layers, for each compute capability; where they come from is for people."""
+    table = json.loads(resources.files("vllm_vptq.layouts").joinpath("crossovers.json").read_text())
+    return {name: dict(row["tokens"]) for name, row in table.items()}
 
 
 @cache
