@@ -30,6 +30,10 @@ RECIPES = {
     "groups": COARSE.model_copy(update={"groups": 2}),
     "outliers": COARSE.model_copy(update={"outliers": 8, "residual_centroids": 8}),
     "no norm": COARSE.model_copy(update={"norm": False}),
+    # As --bits writes them: vectors of lengths that no public checkpoint has.
+    "v2": COARSE.model_copy(update={"vector_length": 2, "norm": False}),
+    "v3": COARSE.model_copy(update={"vector_length": 3, "centroids": 64, "norm": False}),
+    "v5": COARSE.model_copy(update={"vector_length": 5, "centroids": 32, "norm": False}),
 }
 
 
