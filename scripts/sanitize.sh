@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-python=${PYTHON:-python}
+python=$(command -v "${PYTHON:-python}") || die "no ${PYTHON:-python}; activate the environment that vllm-vptq is installed in, or set PYTHON"
 tools=(memcheck racecheck) limit=300 parallel=4 chosen=()
 while [[ $# -gt 0 ]]; do
   case $1 in
