@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in help texts are defaults and extras, no markup
     help="Makes VPTQ checkpoints (vector post-training quantization, 1.6 to 4 bits a weight) that vLLM serves.",
 )
 _console = Console(highlight=False)

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from quantize import cli
 from quantize.push import model_card
 from tests.tiny import command, one_line, set_config
+from vllm_vptq import cli as serving
 
 pytest_plugins = ("tests.tiny_fixtures",)
 Call = tuple[int, str, str]
@@ -110,6 +113,17 @@ def test_a_plan_takes_the_words_of_a_run(tied: Path, call: Any) -> None:
 def test_help(words: list[str], expected: list[str], call: Any) -> None:
     code, out, _ = call(*words, "--help")
     assert code == 0 and all(word in out for word in expected)
+
+
+@pytest.mark.parametrize("app", [cli.app, serving.app], ids=["vptq-quantize", "vllm-vptq"])
+def test_help_is_printed_as_it_is_written(app: typer.Typer) -> None:
+    """With its brackets: defaults, names of extras."""
+    commands: Any = typer.main.get_command(app)
+    for name, command_ in commands.commands.items():
+        printed = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).output
+        for parameter in command_.params:
+            # Without spaces: lines are wrapped, at hyphens too.
+            assert "".join((parameter.help or "").split()) in "".join(printed.split()), (name, parameter.name)
 
 
 def test_one_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:

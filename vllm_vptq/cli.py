@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in help texts are defaults and extras, no markup
     help="Serves VPTQ models (vector post-training quantization, 1.6 to 4 bits a weight) with vLLM.",
 )
 _MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}
