@@ -26,34 +26,53 @@ app = typer.Typer(
     help="Makes VPTQ checkpoints (vector post-training quantization, 1.6 to 4 bits a weight) that vLLM serves.",
 )
 _console = Console(highlight=False)
-_TRUST = "Run the code that a model brings along, for those that transformers does not know."
-_PRESETS = f"{', '.join(PRESETS)}: what the recipe starts from."
+
+# What a recipe is made of, for run and plan alike.
+_Bits = Annotated[float | None, typer.Option(help="Effective bits a weight, books included; chooses them.")]
+_Preset = Annotated[str | None, typer.Option(help=f"{', '.join(PRESETS)}: what the recipe starts from.")]
+_File = Annotated[Path | None, typer.Option(help="YAML file; the options below win over it.")]
+_VectorLength = Annotated[int | None, typer.Option(help="Output rows that share an index, 2 to 16 [4].")]
+_Centroids = Annotated[int | None, typer.Option(help="Main codebook, a power of two up to 65536 [256].")]
+_Residual = Annotated[int | None, typer.Option(help="Residual codebook, 0 for none [128].")]
+_Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text file, .jsonl of conversations, datasets NAME[:CONFIG] or self; @WEIGHT for several [self]."
+    ),
+]
+_Tokens = Annotated[int | None, typer.Option(help="Calibration tokens [16384].")]
+_Context = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence [256].")]
+_Steps = Annotated[int | None, typer.Option(help="Training end to end, 0 for none [what the recipe says].")]
+_Seed = Annotated[int | None, typer.Option(help="Same seed, same files [0].")]
+_Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")]
+_Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the code that a model brings along, for those that transformers does not know."
+    ),
+]
 
 
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(help="A model on the hub, or a directory with one.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
-    bits: Annotated[float | None, typer.Option(help="Effective bits a weight, books included; chooses them.")] = None,
-    preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file; the options below win over it.")] = None,
-    vector_length: Annotated[int | None, typer.Option(help="Output rows that share an index, 2 to 16 [4].")] = None,
-    centroids: Annotated[int | None, typer.Option(help="Main codebook, a power of two up to 65536 [256].")] = None,
-    residual_centroids: Annotated[int | None, typer.Option(help="Residual codebook, 0 for none [128].")] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text file, .jsonl of conversations, datasets NAME[:CONFIG] or self; @WEIGHT for several [self]."
-        ),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens [16384].")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence [256].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same files [0].")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
+    bits: _Bits = None,
+    preset: _Preset = None,
+    recipe: _File = None,
+    vector_length: _VectorLength = None,
+    centroids: _Centroids = None,
+    residual_centroids: _Residual = None,
+    calibration: _Calibration = None,
+    tokens: _Tokens = None,
+    context: _Context = None,
+    finetune_steps: _Steps = None,
+    seed: _Seed = None,
+    device: _Device = None,
     ray: Annotated[
         str | None, typer.Option(help="Code layers on a Ray cluster: its address, auto or local (extra ray).")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=_TRUST)] = False,
+    trust_remote_code: _Trust = False,
 ) -> None:
     """Quantizes the linear layers of a decoder and writes a checkpoint for vLLM.
 
@@ -69,18 +88,20 @@ def run(
     from quantize.pipeline import quantize_model
     from quantize.report import Report
 
-    options: dict[str, Any] = {
-        "bits": bits,
-        "vector_length": vector_length,
-        "centroids": centroids,
-        "residual_centroids": residual_centroids,
-        "calibration": calibration or None,
-        "tokens": tokens,
-        "context": context,
-        "seed": seed,
-        "device": device,
-    }
-    chosen = Recipe.load(recipe, preset, **options)
+    chosen = Recipe.load(
+        recipe,
+        preset,
+        finetune_steps,
+        bits=bits,
+        vector_length=vector_length,
+        centroids=centroids,
+        residual_centroids=residual_centroids,
+        calibration=calibration or None,
+        tokens=tokens,
+        context=context,
+        seed=seed,
+        device=device,
+    )
     cluster = Cluster(ray) if ray else None
     started = time.perf_counter()
     with Report(_console) as report:
@@ -104,7 +125,7 @@ def evaluate(
         bool, typer.Option("--record", help="Keep the results in the VPTQ checkpoints, for the card that push writes.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=_TRUST)] = False,
+    trust_remote_code: _Trust = False,
 ) -> None:
     """Prints the perplexity of each model in float32, its ratio to the first, and its divergence from the first."""
     from quantize.evaluate import evaluation_text, load_any, score, task_scores
@@ -141,26 +162,51 @@ def evaluate(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A model on the hub, or a directory with one.")],
-    bits: Annotated[float | None, typer.Option(help="Effective bits a weight, books included.")] = None,
-    preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file; the options win over it.")] = None,
-    vector_length: Annotated[int | None, typer.Option(help="Output rows that share an index, 2 to 16 [4].")] = None,
-    centroids: Annotated[int | None, typer.Option(help="Main codebook, a power of two up to 65536 [256].")] = None,
-    residual_centroids: Annotated[int | None, typer.Option(help="Residual codebook, 0 for none [128].")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=_TRUST)] = False,
+    bits: _Bits = None,
+    preset: _Preset = None,
+    recipe: _File = None,
+    vector_length: _VectorLength = None,
+    centroids: _Centroids = None,
+    residual_centroids: _Residual = None,
+    calibration: _Calibration = None,
+    tokens: _Tokens = None,
+    context: _Context = None,
+    finetune_steps: _Steps = None,
+    seed: _Seed = None,
+    device: _Device = None,
+    trust_remote_code: _Trust = False,
 ) -> None:
-    """Says what a run would do, without weights or work: layers, bits, bytes, an estimate of time and memory."""
-    from quantize.estimate import estimate, planned, table
+    """Says what a run would do, without weights or work: layers, bits, bytes, an estimate of time and memory.
+
+    Takes the options of run that make a recipe.
+    """
+    from quantize.devices import choose_devices
+    from quantize.estimate import estimate, planned, table, too_large
     from quantize.model import decoder_blocks, load_shapes
     from quantize.plan import left_dense_note
 
-    books = {"vector_length": vector_length, "centroids": centroids, "residual_centroids": residual_centroids}
-    chosen = Recipe.load(recipe, preset, bits=bits, **books)
+    chosen = Recipe.load(
+        recipe,
+        preset,
+        finetune_steps,
+        bits=bits,
+        vector_length=vector_length,
+        centroids=centroids,
+        residual_centroids=residual_centroids,
+        calibration=calibration or None,
+        tokens=tokens,
+        context=context,
+        seed=seed,
+        device=device,
+    )
+    first = choose_devices(chosen.device)[0]
     loaded = load_shapes(model, trust_remote_code)
     made = planned(loaded, chosen)
     _console.print(table(made))
     if note := left_dense_note(decoder_blocks(loaded)):
         _console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+    if reason := too_large(loaded, chosen, first):
+        _console.print(f"note: a run would stop here: {reason}", style="yellow", markup=False, soft_wrap=True)
     if chosen.bits is not None and chosen.allocation == "measured":
         _console.print(
             "which layer gets which books is for the run to measure; here all weights count alike", soft_wrap=True

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from quantize.allocate import allocate
 from quantize.blocks import quantize_blocks
 from quantize.calibration import calibration_tokens, writes_itself
-from quantize.devices import Share, be_deterministic, choose_devices, fits, resident
+from quantize.devices import Share, be_deterministic, choose_devices, resident
 from quantize.errors import QuantizeError
-from quantize.estimate import planned
+from quantize.estimate import planned, too_large
 from quantize.export import Exporter
 from quantize.model import Block, decoder_blocks, first_inputs, load
 from quantize.moments import Weights, output_gradients
@@ -53,11 +53,8 @@ def quantize_model(
     expected = planned(model, recipe)  # or hours would pass before its mistakes were seen
     report.note(left_dense_note(blocks))
     _require_space(out, model, expected)
-    if recipe.finetune.steps and not fits(model, devices[0]):
-        raise QuantizeError(
-            f"training end to end needs the model on {devices[0]} twice, and it is too large for that; choose a recipe "
-            "without: finetune: {steps: 0}"
-        )
+    if reason := too_large(model, recipe, devices[0]):
+        raise QuantizeError(reason)
 
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
     if "calibration" not in parts:
@@ -96,8 +93,6 @@ def _require_space(out: Path, model: nn.Module, plan: Plan) -> None:
 def _calibration(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.device, report: Report) -> Tensor:
     if not writes_itself(recipe):
         return calibration_tokens(model, tokenizer, recipe, report.progress)
-    if not fits(model, device):
-        raise QuantizeError(f"the model is too large for {device} to write its own text; give it some by --calibration")
     with resident(model, device):
         return calibration_tokens(model, tokenizer, recipe, report.progress)
 

@@ -14,8 +14,9 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from quantize import cli
+from quantize import cli, estimate, pipeline
 from quantize.push import model_card
+from quantize.recipe import PRESETS, Recipe
 from tests.tiny import command, one_line, set_config
 from vllm_vptq import cli as serving
 
@@ -83,9 +84,41 @@ def test_a_full_disk_is_one_line(tied: Path, tmp_path: Path, call: Any, monkeypa
     assert code == 1 and one_line(err) == "error: some/tokenizer.json: No space left on device"
 
 
-def test_a_plan_takes_the_words_of_a_run(tied: Path, call: Any) -> None:
-    code, out, _ = call("plan", tied, *SMALL[:6])
-    assert code == 0 and "v8-k16-0" in out and "about" in out and "GiB on this machine" in out
+def test_a_plan_takes_the_words_of_a_run(
+    tied: Path, text_file: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every word of its recipe, to the same recipe."""
+    values = {"--preset": "balanced", "--recipe": tmp_path / "recipe.yaml", "--device": "cpu"}
+    values |= {"--calibration": text_file, "--tokens": 4096, "--context": 128, "--seed": 3, "--finetune-steps": 2}
+    values |= {"--vector-length": 8, "--centroids": 16, "--residual-centroids": 0, "--bits": 5}
+    commands: Any = typer.main.get_command(cli.app)
+    run_, plan_ = ({o for p in commands.commands[c].params for o in p.opts if o[0] == "-"} for c in ("run", "plan"))
+    assert run_ - plan_ == {"--out", "--ray"} and plan_ - set(values) == {"--trust-remote-code"}
+    (tmp_path / "recipe.yaml").write_text("damping: 0.02\n")
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(pipeline, "quantize_model", lambda *words: recipes.append(words[2]) or sys.exit(7))
+    monkeypatch.setattr(estimate, "estimate", lambda model, plan, recipe: recipes.append(recipe) or "about a day")
+    words = [word for pair in values.items() for word in pair]
+    assert call("run", tied, "--out", tmp_path / "q", *words)[0] == 7
+    code, out, _ = call("plan", tied, *words)
+    assert code == 0 and "about a day" in out
+    training = {"steps": 2}
+    expected = PRESETS["balanced"] | {"calibration": [str(text_file)], "finetune": training, "damping": 0.02}
+    numbers = {name.strip("-").replace("-", "_"): value for name, value in values.items() if isinstance(value, int)}
+    del numbers["finetune_steps"]
+    assert recipes == [Recipe(**expected | numbers, device="cpu")] * 2
+
+
+def test_a_plan_says_that_a_model_is_too_large(tied: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "fits", lambda *_: False)
+    for words, expected in [
+        (("--preset", "balanced", "--calibration", "c4.txt"), "--finetune-steps 0"),
+        (("--preset", "balanced", "--finetune-steps", 0), "give it some by --calibration"),
+        (("--preset", "balanced", "--calibration", "c4.txt", "--finetune-steps", 0), None),
+    ]:
+        code, out, _ = call("plan", tied, "--bits", 5, *words)
+        assert code == 0 and "GiB on this machine" in out
+        assert ("a run would stop here" in out and expected in out) if expected else "would stop" not in out, words
 
 
 @pytest.mark.parametrize(
@@ -103,6 +136,7 @@ def test_a_plan_takes_the_words_of_a_run(tied: Path, call: Any) -> None:
                 "--residual-centroids",
                 "--tokens",
                 "--seed",
+                "--finetune-steps",
             ],
         ),
         (["eval"], ["--text", "--context", "--tokens"]),

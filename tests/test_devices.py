@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantize import devices, pipeline
+from quantize import devices, estimate, pipeline
 from quantize.devices import Clock, choose_devices, resident, share, streamed
 from quantize.errors import QuantizeError
 from quantize.evaluate import load_any
@@ -136,7 +136,7 @@ def test_a_run_does_not_touch_the_weights_it_was_given(
 def test_a_model_too_large_for_its_device_needs_text(
     tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "fits", lambda *_: False)
+    monkeypatch.setattr(estimate, "fits", lambda *_: False)
     with pytest.raises(QuantizeError, match="--calibration"):
         run(tied, tmp_path / "out", COARSE)
 
@@ -144,7 +144,7 @@ def test_a_model_too_large_for_its_device_needs_text(
 def test_a_model_too_large_to_be_trained_is_refused_before_any_work(
     tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "fits", lambda *_: False)
+    monkeypatch.setattr(estimate, "fits", lambda *_: False)
     monkeypatch.setattr(pipeline, "quantize_blocks", lambda *_: pytest.fail("hours of work"))
     update = {"calibration": (str(text_file),), "finetune": Finetuning(steps=3)}
     with pytest.raises(QuantizeError, match="steps: 0"):
