@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from quantize.errors import QuantizeError
 from quantize.recipe import PRESETS, Recipe
 from vllm_vptq.build import BuildError
 from vllm_vptq.format import VPTQFormatError
+from vllm_vptq.hub import checkpoint_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -117,46 +119,83 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="A text file, or wikitext2 [the language reference in Python's pydoc].")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 1024,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in a window [1024, or the models' positions].", min=2)
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use.", min=2)] = 40960,
     tasks: Annotated[str | None, typer.Option(help="Tasks of the LM Evaluation Harness, by commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples of each task [all].")] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Keep the results in the VPTQ checkpoints, for the card that push writes.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto for what each model says.")
+    ] = "float32",
+    device: _Device = None,
     trust_remote_code: _Trust = False,
 ) -> None:
-    """Prints the perplexity of each model in float32, its ratio to the first, and its divergence from the first."""
-    from quantize.evaluate import evaluation_text, load_any, score, task_scores
-    from quantize.report import Report
-    from quantize.results import add_results
+    """Prints the perplexity of each model, its ratio to the first, and its divergence from the first.
 
+    A model that is too large for the GPU visits it block by block.
+    """
+    from quantize.devices import choose_devices
+    from quantize.evaluate import (
+        context_of,
+        evaluation_text,
+        load_any,
+        on_device,
+        require_harness,
+        score,
+        task_scores,
+        windows_at_once,
+    )
+    from quantize.report import Report
+    from quantize.results import add_results, require_checkpoint
+
+    chosen = None if dtype == "auto" else _dtype(dtype, "auto")
+    place = choose_devices(device or "auto")[0]
+    if record and len(models) == 1:
+        raise QuantizeError("--record keeps how a VPTQ checkpoint differs from its original; give that first, then it")
+    if tasks:
+        require_harness()
     body = evaluation_text(text)
     source = "Python's language reference" if text is None else Path(text).name
+    for name in models[1:] if record else []:
+        require_checkpoint(Path(name))
+    window = context_of(models, context, trust_remote_code)
     first: Any = None
-    with Report(_console) as report:
+    with Report(_console) as report, contextlib.ExitStack() as present:
         for name in models:
             report.stage(f"perplexity of {name}")
-            model, tokenizer = load_any(name, torch.device(device), trust=trust_remote_code)
+            model, tokenizer = load_any(name, torch.device("cpu"), chosen, trust_remote_code)
             reference = None if first is None else first[0]
-            found = score(model, tokenizer, body, context, tokens, report.progress, reference)
-            where = f"on {source}, {found.tokens} tokens in windows of {context}"
+            with contextlib.ExitStack() as visit:
+                whole = (present if first is None else visit).enter_context(on_device(model, place))
+                at_once = 1 if whole else windows_at_once(model, window, place)
+                found = score(model, tokenizer, body, window, tokens, report.progress, reference, at_once)
+                scores = task_scores(model, tokenizer, tasks.split(","), limit) if tasks else {}
+            where = f"on {source}, {found.tokens} tokens in windows of {window}"
+            where += "" if dtype == "float32" else f", {str(model.dtype).removeprefix('torch.')}"
             if first is None:
                 _console.print(f"  {where}", markup=False)
             measures = {f"perplexity {where}": found.perplexity}
             if found.divergence is not None:
                 measures[f"KL to the original {where}"] = found.divergence
-            scores = task_scores(model, tokenizer, tasks.split(","), limit) if tasks else {}
             measures |= scores
-            first = first or (model, measures)
-            before = first[1][f"perplexity {where}"]
+            first = first or (model, measures, found.perplexity)
             divergence = "" if found.divergence is None else f"  KL {found.divergence:.4f}"
-            _console.print(f"  {found.perplexity:.3f}  ({found.perplexity / before:.3f}x){divergence}")
-            for task, accuracy in scores.items():
-                _console.print(f"  {task}: {accuracy:.4f}", markup=False)
+            _console.print(f"  {found.perplexity:.3f}  ({found.perplexity / first[2]:.3f}x){divergence}")
+            for task, value in scores.items():
+                _console.print(f"  {task}: {value:.4f}", markup=False)
             if record and reference is not None:
                 add_results(Path(name), first[1], measures)
+
+
+def _dtype(name: str, *more: str) -> torch.dtype:
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise QuantizeError(f"dtype {name}, expected one of {', '.join([*kinds, *more])}")
+    return kinds[name]
 
 
 @app.command()
@@ -249,17 +288,14 @@ def push(
 
 @app.command()
 def dequantize(
-    checkpoint: Annotated[Path, typer.Argument(help="A VPTQ checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(help="A VPTQ checkpoint, a directory or on the hub.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Writes the dense model that a VPTQ checkpoint stands for, for tools that know no VPTQ."""
     from quantize.export import write_dense
 
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
-        raise QuantizeError(f"dtype {dtype}, expected one of {', '.join(kinds)}")
-    write_dense(checkpoint, out, kinds[dtype])
+    write_dense(checkpoint_folder(checkpoint), out, _dtype(dtype))
     _console.print(str(out), markup=False)
 
 

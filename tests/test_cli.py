@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from quantize import cli, estimate, pipeline
+from quantize import cli, estimate, evaluate, pipeline
 from quantize.push import model_card
 from quantize.recipe import PRESETS, Recipe
 from tests.tiny import command, one_line, set_config
@@ -190,6 +191,66 @@ def test_mistakes_are_one_line(tied: Path, fine: Path, tmp_path: Path, call: Any
     ]:
         code, _, err = call(*words)
         assert code == 1 and one_line(err).startswith("error: ") and match in one_line(err), (words, code, err)
+
+
+def test_eval_refuses_before_anything_is_evaluated(
+    tied: Path, fine: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "load_any", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    for match, *words in [
+        ("device foo", tied, "--device", "foo"),
+        ("device cuda was asked for", tied, "--device", "cuda"),
+        ("dtype int8, expected one of float32, bfloat16, float16, auto", tied, "--dtype", "int8"),
+        (f"--context 257: {tied} has 256 positions", tied, "--context", 257),
+        ("give that first", tied, "--record"),
+        ("no VPTQ configuration", tied, tied, "--record"),
+        ("directory, and", tied, tmp_path / "absent", "--record"),
+        ("absent", tied, tmp_path / "absent"),
+        ("absent.txt", tied, "--text", tmp_path / "absent.txt"),
+        ("LM Evaluation Harness", tied, "--tasks", "piqa"),
+    ]:
+        code, out, err = call("eval", *words)
+        assert code == 1 and not out and one_line(err).startswith("error: ") and match in one_line(err), (words, err)
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(tied: Path, call: Any) -> None:
+    code, out, _ = call("eval", tied, "--tokens", 600)
+    assert code == 0 and "510 tokens in windows of 256" in out
+
+
+def test_eval_in_another_dtype_says_so(tied: Path, fine: Path, call: Any) -> None:
+    words = ("--context", 64, "--tokens", 512)
+    _, exact, _ = call("eval", tied, fine, *words)
+    code, out, _ = call("eval", tied, fine, *words, "--dtype", "bfloat16")
+    assert code == 0 and "in windows of 64, bfloat16" in out and "float32" not in exact
+    lines = [[line for line in text.splitlines() if "x)" in line] for text in (exact, out)]
+    for one, two in zip(*lines, strict=True):
+        assert one != two and float(one.split()[0]) == pytest.approx(float(two.split()[0]), rel=0.05)
+    assert call("eval", tied, fine, *words, "--dtype", "auto")[1].replace(", float32", "") == exact
+
+
+def test_checkpoints_on_the_hub(tied: Path, fine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the hub's cache, without a network."""
+    folder = tmp_path / "hub" / "models--me--model"
+    shutil.copytree(fine, folder / "snapshots" / "0123abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123abc")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    there, here = (command("eval", tied, name, "--context", 64, "--tokens", 512) for name in ("me/model", fine))
+    assert there.returncode == 0, there.stderr
+    assert there.stdout.replace("me/model", "X") == here.stdout.replace(str(fine), "X")
+    done = command("dequantize", "me/model", "--out", tmp_path / "dense")
+    assert done.returncode == 0 and (tmp_path / "dense" / "model.safetensors").is_file(), done.stderr
+    for name, code in (("me/model", 0), ("me/other", 1)):
+        words = [sys.executable, "-m", "vllm_vptq.cli", "inspect", name]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+    assert "me/other: no such directory, so it was looked up on the hub" in one_line(done.stderr)
+    done = command("dequantize", "me/other", "--out", tmp_path / "other")
+    assert done.returncode == 1 and one_line(done.stderr).startswith("error: me/other") and not done.stdout
 
 
 @pytest.mark.parametrize(("option", "value"), [("--context", 0), ("--context", 1), ("--context", -5), ("--tokens", 0)])

@@ -171,6 +171,8 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_devices("auto") == [CPU]
     with pytest.raises(QuantizeError, match="finds none"):
         choose_devices("cuda")
+    with pytest.raises(QuantizeError, match="device tpu, expected one of"):
+        choose_devices("tpu")
 
 
 def test_a_clock_adds_up() -> None:

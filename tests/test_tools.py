@@ -22,7 +22,7 @@ from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 from quantize import blocks, evaluate, pipeline
 from quantize.errors import QuantizeError
 from quantize.estimate import estimate, planned
-from quantize.evaluate import load_any, score, task_scores
+from quantize.evaluate import load_any, on_device, score, task_scores, windows_at_once
 from quantize.model import load_shapes
 from quantize.parts import Parts
 from quantize.plot import draw
@@ -325,6 +325,41 @@ def test_divergence_is_that_of_the_definition(tied: Path, fine: Path) -> None:
     assert score(a, tokenizer, TEXT, 32, 64, reference=a).divergence == pytest.approx(0, abs=1e-6)
 
 
+def test_a_model_that_comes_block_by_block_scores_the_same(tied: Path, fine: Path, monkeypatch: Any) -> None:
+    """Also where several windows go through it in one pass, the last one of fewer."""
+    (a, tokenizer), (b, _) = load_any(str(tied), CPU), load_any(str(fine), CPU)
+    whole = score(b, tokenizer, TEXT, 32, 352, reference=a)
+    monkeypatch.setattr("quantize.devices.fits", lambda *_: False)
+    monkeypatch.setattr("quantize.evaluate.fits", lambda *_: False)
+    with on_device(a, CPU) as first, on_device(b, CPU) as second:
+        assert not first and not second
+        for at_once, close in ((1, 0), (4, 1e-5)):
+            found = score(b, tokenizer, TEXT, 32, 352, reference=a, at_once=at_once)
+            assert found.tokens == whole.tokens
+            assert found.perplexity == pytest.approx(whole.perplexity, rel=close, abs=0)
+            assert found.divergence == pytest.approx(whole.divergence, rel=100 * close, abs=0)
+
+
+def test_windows_in_a_pass_are_those_that_have_room(tied: Path, monkeypatch: Any) -> None:
+    model, _ = load_any(str(tied), CPU)
+    found = []
+    for free in (0, 1 << 20, 1 << 40):
+        monkeypatch.setattr("quantize.evaluate.free_memory", lambda _, free=free: free)
+        found.append(windows_at_once(model, 64, CPU))
+    assert found == [1, (1 << 19) // (8 * 64 * 300), 8]
+
+
+def test_a_checkpoint_in_its_own_dtype(untied: Path, tied: Path, fine: Path) -> None:
+    """A dense one and a VPTQ one."""
+    assert [load_any(str(folder), CPU, None)[0].dtype for folder in (untied, tied, fine)] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
+    rounded, exact = (load_any(str(fine), CPU, dtype)[0].state_dict() for dtype in (torch.bfloat16, torch.float32))
+    assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
+
+
 def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
     asked: dict[str, Any] = {}
 
@@ -332,7 +367,14 @@ def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
         asked.update(model=model, tasks=tasks, limit=limit)
         if tasks == ["absent"]:
             raise KeyError("absent")
-        return {"results": {"piqa": {"acc,none": 0.5, "acc_norm,none": 0.75}, "other": {"bleu,none": 1.0}}}
+        other = {
+            "alias": "other",
+            "bleu,none": 1.0,
+            "bleu_stderr,none": 0.1,
+            "bits,flexible": 2,
+            "chrf_stderr,none": "N/A",
+        }
+        return {"results": {"piqa": {"acc,none": 0.5, "acc_norm,none": 0.75}, "other": other}}
 
     harness, huggingface = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models.huggingface")
     harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
@@ -340,7 +382,11 @@ def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
     model: Any = object()
-    assert task_scores(model, "tokenizer", ["piqa", "other"], 5) == {"piqa": 0.75}
+    assert task_scores(model, "tokenizer", ["piqa", "other"], 5) == {
+        "piqa": 0.75,
+        "other bleu": 1.0,
+        "other bits (flexible)": 2.0,
+    }
     assert asked == {"model": (model, "tokenizer"), "tasks": ["piqa", "other"], "limit": 5}
     with pytest.raises(QuantizeError, match="absent"):
         task_scores(model, "tokenizer", ["absent"], None)
