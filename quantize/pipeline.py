@@ -107,7 +107,8 @@ def _prepare(run: Run) -> tuple[Plan, Weights | None]:
         if recipe.allocation == "measured":
             run.report.stage("measuring what each layer is worth")
             batches = run.id_batches()[: max(1, _MEASURED_TOKENS // BATCH_TOKENS)]
-            sensitivity = measure(run.model, run.blocks, plan, batches, recipe, run.share, run.report.progress)
+            progress = run.report.progress
+            sensitivity = measure(run.model, run.blocks, plan, batches, recipe, run.share, progress, run.parts)
         layers = allocate(plan.layers, plan.shapes, sensitivity, recipe)
         run.parts.write_json("plan", {name: layer.model_dump() for name, layer in layers.items()})
         chosen = run.parts.read_json("plan")

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
-from quantize import blocks, evaluate, pipeline
+from quantize import blocks, evaluate, pipeline, sensitivity
 from quantize.errors import QuantizeError
 from quantize.estimate import estimate, planned
 from quantize.evaluate import load_any, on_device, score, task_scores, windows_at_once
@@ -158,6 +158,34 @@ def test_finished_layers_are_not_solved_again(tied: Path, text_file: Path, tmp_p
     monkeypatch.setattr(blocks, "solve", stop_after(100))
     run(tied, tmp_path / "out", recipe)
     assert len(solved) == 14
+
+
+def test_measured_blocks_are_not_measured_again(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Killed in the second block: gradients and the first are known, and the plan is that of a run in one go."""
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),), "bits": 4.0})
+    plans = [run(tied, tmp_path / "whole", recipe).layers]
+    counts = {"pilot_losses": 0, "output_gradients": 0}
+    last = 10
+
+    def counted(name: str) -> Any:
+        original = getattr(sensitivity, name)
+
+        def count(*arguments: Any) -> Any:
+            if counts[name] == last:
+                raise KeyboardInterrupt
+            counts[name] += 1
+            return original(*arguments)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(sensitivity, name, counted(name))
+    with pytest.raises(KeyboardInterrupt):
+        run(tied, tmp_path / "cut", recipe)
+    last = 100
+    plans.append(run(tied, tmp_path / "cut", recipe).layers)
+    assert counts == {"pilot_losses": 7 + 3 + 7, "output_gradients": 1}
+    assert plans[0] == plans[1] and files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 def test_another_recipe_does_not_go_on_with_these_parts(tmp_path: Path) -> None:
