@@ -16,6 +16,7 @@ from quantize.devices import fits, free_memory, streamed
 from quantize.errors import QuantizeError
 from quantize.export import dense_tensors, read_config
 from quantize.model import decoder_blocks, loading
+from vllm_vptq.extras import how_to_install
 from vllm_vptq.format import VPTQFormatError, is_vptq_section
 from vllm_vptq.hub import checkpoint_folder
 
@@ -190,7 +191,7 @@ def require_harness() -> None:
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise QuantizeError("--tasks needs the LM Evaluation Harness: pip install 'vllm-vptq[eval]'") from error
+        raise QuantizeError(f"--tasks needs the LM Evaluation Harness: {how_to_install('eval')}") from error
 
 
 def task_scores(model: nn.Module, tokenizer: Any, tasks: list[str], limit: int | None) -> dict[str, float]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
@@ -419,7 +421,7 @@ def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
     with pytest.raises(QuantizeError, match="absent"):
         task_scores(model, "tokenizer", ["absent"], None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(QuantizeError, match=r"vllm-vptq\[eval\]"):
+    with pytest.raises(QuantizeError, match=r'pip install -e "\.\[eval\]" in the checkout'):
         evaluate.task_scores(model, "tokenizer", ["piqa"], None)
 
 
@@ -450,6 +452,48 @@ def test_upload(fine: Path, tmp_path: Path, revision: str | None) -> None:
     assert card.startswith("---\nbase_model: org/base\n") and "| wikitext-2 | | 12.3 |" in card
     recipe = Recipe.load(checkpoint / "vptq_recipe.json")
     assert f'"tokens": {recipe.tokens}' in card and "14 linear layers" in card
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("license: mit", ["license: mit"]),
+        (
+            "license: other\nlicense_name: llama3.1\nlicense_link: LICENSE",
+            ["license: other", "license_name: llama3.1", "license_link: {link}"],
+        ),
+        ("license_link: https://a.b/c\nlicense: other", ["license: other", "license_link: https://a.b/c"]),
+        ("language: [en]", ["license: from-config"]),
+        ("license: [broken", ["license: from-config"]),
+        (None, ["license: from-config"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("hub", [False, True], ids=["directory", "hub"])
+def test_a_card_has_the_license_of_the_original(
+    fine: Path, tmp_path: Path, monkeypatch: Any, said: str | None, expected: list[str], hub: bool
+) -> None:
+    checkpoint, original = Path(shutil.copytree(fine, tmp_path / "copy")), tmp_path / "original"
+    config = json.loads((checkpoint / "config.json").read_text()) | {"license": "from-config"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    original.mkdir()
+    if said is not None:
+        (original / "README.md").write_text(f"---\n{said}\n---\ntext")
+    if hub:
+        load = ModelCard.load
+        monkeypatch.setattr(ModelCard, "load", lambda name: load({"org/base": original / "README.md"}[name]))
+    name = "org/base" if hub else str(original)
+    link = "https://huggingface.co/org/base/blob/main/LICENSE" if hub else "LICENSE"
+    front = model_card(checkpoint, name, []).split("---\n")[1].splitlines()
+    assert [line for line in front if line.startswith("license")] == [line.format(link=link) for line in expected]
+    assert "pipeline_tag: text-generation" in front
+
+
+def test_a_card_without_a_license_has_none_and_says_how_to_install(fine: Path) -> None:
+    card = model_card(fine, "org/base", [])
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front.keys() == {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"}
+    assert '    pip install -e ".[gpu]"' in card and "pip install vllm-vptq" not in card
 
 
 def test_what_cannot_be_uploaded(fine: Path, tied: Path, tmp_path: Path) -> None:
