@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize import native
 from quantize.allocate import allocate
 from quantize.blocks import quantize_blocks
 from quantize.calibration import calibration_tokens, writes_itself
@@ -44,6 +45,8 @@ def quantize_model(
     code that the model brings along to run.
     """
     devices = choose_devices(recipe.device)
+    if cluster is None:
+        native.prepare(devices[0])
     be_deterministic()
     versions = {name: version(name) for name in ("torch", "transformers", "vllm-vptq")}
     parts = Parts(out, {"model": source, "recipe": recipe.model_dump(mode="json"), "versions": versions})

@@ -166,6 +166,17 @@ def test_one_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.returncode == 1 and one_line(done.stderr).startswith("error: ") and not done.stdout
 
 
+def test_a_missing_compiler_is_said_before_the_work(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("VLLM_VPTQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    done = command("run", tied, "--out", tmp_path / "q", "--device", "cpu", *SMALL)
+    assert done.returncode == 1 and one_line(done.stderr).startswith("error: no C++ compiler found")
+    assert not done.stdout and not (tmp_path / "q").exists()
+
+
 def test_mistakes_are_one_line(tied: Path, fine: Path, tmp_path: Path, call: Any) -> None:
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "bad.yaml").write_text("centroids: 100\n")
