@@ -115,7 +115,9 @@ def run(
 
 @app.command(name="eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Dense or VPTQ checkpoints, to compare.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Dense or VPTQ checkpoints to compare, directories or on the hub.")
+    ],
     text: Annotated[
         str | None, typer.Option(help="A text file, or wikitext2 [the language reference in Python's pydoc].")
     ] = None,

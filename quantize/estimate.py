@@ -34,8 +34,11 @@ def planned(model: nn.Module, recipe: Recipe) -> Plan:
     return make_plan(blocks, recipe, allocate(plan.layers, plan.shapes, even, recipe))
 
 
-def too_large(model: nn.Module, recipe: Recipe, device: torch.device) -> str | None:
-    """Why a run cannot be done on its first device, with the remedy: some steps need the whole model there."""
+def too_large(model: nn.Module, recipe: Recipe, device: torch.device, calibrated: bool = False) -> str | None:
+    """Why a run cannot be done on its first device, with the remedy: some steps need the whole model there.
+
+    A run that was killed may be ``calibrated`` already.
+    """
     if fits(model, device):
         return None
     if recipe.finetune.steps:
@@ -43,7 +46,7 @@ def too_large(model: nn.Module, recipe: Recipe, device: torch.device) -> str | N
             f"training end to end needs the model on {device} twice, and it is too large for that; choose a recipe "
             "without: --finetune-steps 0, or finetune: {steps: 0}"
         )
-    if writes_itself(recipe):
+    if writes_itself(recipe) and not calibrated:
         return f"the model is too large for {device} to write its own text; give it some by --calibration"
     return None
 

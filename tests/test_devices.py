@@ -14,7 +14,7 @@ from quantize import devices, estimate, pipeline
 from quantize.devices import Clock, choose_devices, resident, share, streamed
 from quantize.errors import QuantizeError
 from quantize.evaluate import load_any
-from quantize.model import decoder_blocks, first_inputs
+from quantize.model import decoder_blocks, first_inputs, load_shapes
 from quantize.moments import output_gradients
 from quantize.recipe import BlockTuning, Finetuning
 from quantize.run import Run
@@ -139,6 +139,8 @@ def test_a_model_too_large_for_its_device_needs_text(
     monkeypatch.setattr(estimate, "fits", lambda *_: False)
     with pytest.raises(QuantizeError, match="--calibration"):
         run(tied, tmp_path / "out", COARSE)
+    model = load_shapes(str(tied))
+    assert estimate.too_large(model, COARSE, CPU) and not estimate.too_large(model, COARSE, CPU, calibrated=True)
 
 
 def test_a_model_too_large_to_be_trained_is_refused_before_any_work(
