@@ -11,6 +11,7 @@ scale in 16 bits and a zero in as many as the weights: ``bits + (16 + bits) / gr
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import time
@@ -18,10 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
 from quality import RESULTS, save
 from torch import nn
 
@@ -44,6 +41,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40960)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if importlib.util.find_spec("llmcompressor") is None:
+        raise SystemExit("error: no llmcompressor; pip install llmcompressor, in an environment of its own")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (original, tokenizer), (model, _) = (load_any(arguments.model, device) for _ in range(2))
     started, started_cpu = time.perf_counter(), time.process_time()
@@ -79,6 +78,11 @@ def main() -> None:
 
 def quantize(model: nn.Module, tokenizer: object, arguments: argparse.Namespace) -> None:
     """Leaves the model with the weights that the integers stand for."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
     weights = {"num_bits": arguments.bits, "type": "int", "symmetric": False, "strategy": "group"}
     groups = {"all": {"targets": ["Linear"], "weights": weights | {"group_size": arguments.group}}}
     modifier = GPTQModifier if arguments.method == "gptq" else QuantizationModifier

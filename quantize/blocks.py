@@ -49,7 +49,7 @@ def quantize_block(
         stack.enter_context(resident(block.module, run.device))
         twin = stack.enter_context(reference.beside(i, block)) if reference is not None else None
         with clock("forward"):
-            order = stages(i, block, names, batches[0])
+            order = stages(i, block, names, batches)
         lost = set(names) - {name for stage in order for name in stage}
         if lost:
             raise QuantizeError(f"{min(lost)}: no calibration token reached this layer; skip it with a rule")

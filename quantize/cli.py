@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -17,42 +18,63 @@ from quantize.errors import QuantizeError
 from quantize.recipe import PRESETS, Recipe
 from vllm_vptq.build import BuildError
 from vllm_vptq.format import VPTQFormatError
+from vllm_vptq.hub import checkpoint_folder
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in help texts are defaults and extras, no markup
     help="Makes VPTQ checkpoints (vector post-training quantization, 1.6 to 4 bits a weight) that vLLM serves.",
 )
 _console = Console(highlight=False)
-_TRUST = "Run the code that a model brings along, for those that transformers does not know."
-_PRESETS = f"{', '.join(PRESETS)}: what the recipe starts from."
+
+# What a recipe is made of, for run and plan alike.
+_Bits = Annotated[float | None, typer.Option(help="Effective bits a weight, books included; chooses them.")]
+_Preset = Annotated[str | None, typer.Option(help=f"{', '.join(PRESETS)}: what the recipe starts from.")]
+_File = Annotated[Path | None, typer.Option(help="YAML file; the options below win over it.")]
+_VectorLength = Annotated[int | None, typer.Option(help="Output rows that share an index, 2 to 16 [4].")]
+_Centroids = Annotated[int | None, typer.Option(help="Main codebook, a power of two up to 65536 [256].")]
+_Residual = Annotated[int | None, typer.Option(help="Residual codebook, 0 for none [128].")]
+_Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text file, .jsonl of conversations, datasets NAME[:CONFIG] or self; @WEIGHT for several [self]."
+    ),
+]
+_Tokens = Annotated[int | None, typer.Option(help="Calibration tokens [16384].")]
+_Context = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence [256].")]
+_Steps = Annotated[int | None, typer.Option(help="Training end to end, 0 for none [what the recipe says].")]
+_Seed = Annotated[int | None, typer.Option(help="Same seed, same files [0].")]
+_Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")]
+_Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the code that a model brings along, for those that transformers does not know."
+    ),
+]
 
 
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(help="A model on the hub, or a directory with one.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
-    bits: Annotated[float | None, typer.Option(help="Effective bits a weight, books included; chooses them.")] = None,
-    preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file; the options below win over it.")] = None,
-    vector_length: Annotated[int | None, typer.Option(help="Output rows that share an index, 2 to 16 [4].")] = None,
-    centroids: Annotated[int | None, typer.Option(help="Main codebook, a power of two up to 65536 [256].")] = None,
-    residual_centroids: Annotated[int | None, typer.Option(help="Residual codebook, 0 for none [128].")] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text file, .jsonl of conversations, datasets NAME[:CONFIG] or self; @WEIGHT for several [self]."
-        ),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens [16384].")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens in a calibration sequence [256].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same files [0].")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
+    bits: _Bits = None,
+    preset: _Preset = None,
+    recipe: _File = None,
+    vector_length: _VectorLength = None,
+    centroids: _Centroids = None,
+    residual_centroids: _Residual = None,
+    calibration: _Calibration = None,
+    tokens: _Tokens = None,
+    context: _Context = None,
+    finetune_steps: _Steps = None,
+    seed: _Seed = None,
+    device: _Device = None,
     ray: Annotated[
         str | None, typer.Option(help="Code layers on a Ray cluster: its address, auto or local (extra ray).")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=_TRUST)] = False,
+    trust_remote_code: _Trust = False,
 ) -> None:
     """Quantizes the linear layers of a decoder and writes a checkpoint for vLLM.
 
@@ -68,18 +90,20 @@ def run(
     from quantize.pipeline import quantize_model
     from quantize.report import Report
 
-    options: dict[str, Any] = {
-        "bits": bits,
-        "vector_length": vector_length,
-        "centroids": centroids,
-        "residual_centroids": residual_centroids,
-        "calibration": calibration or None,
-        "tokens": tokens,
-        "context": context,
-        "seed": seed,
-        "device": device,
-    }
-    chosen = Recipe.load(recipe, preset, **options)
+    chosen = Recipe.load(
+        recipe,
+        preset,
+        finetune_steps,
+        bits=bits,
+        vector_length=vector_length,
+        centroids=centroids,
+        residual_centroids=residual_centroids,
+        calibration=calibration or None,
+        tokens=tokens,
+        context=context,
+        seed=seed,
+        device=device,
+    )
     cluster = Cluster(ray) if ray else None
     started = time.perf_counter()
     with Report(_console) as report:
@@ -91,75 +115,139 @@ def run(
 
 @app.command(name="eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Dense or VPTQ checkpoints, to compare.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Dense or VPTQ checkpoints to compare, directories or on the hub.")
+    ],
     text: Annotated[
         str | None, typer.Option(help="A text file, or wikitext2 [the language reference in Python's pydoc].")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens in a window.", min=2)] = 1024,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in a window [1024, or the models' positions].", min=2)
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use.", min=2)] = 40960,
     tasks: Annotated[str | None, typer.Option(help="Tasks of the LM Evaluation Harness, by commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples of each task [all].")] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Keep the results in the VPTQ checkpoints, for the card that push writes.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=_TRUST)] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto for what each model says.")
+    ] = "float32",
+    device: _Device = None,
+    trust_remote_code: _Trust = False,
 ) -> None:
-    """Prints the perplexity of each model in float32, its ratio to the first, and its divergence from the first."""
-    from quantize.evaluate import evaluation_text, load_any, score, task_scores
-    from quantize.report import Report
-    from quantize.results import add_results
+    """Prints the perplexity of each model, its ratio to the first, and its divergence from the first.
 
+    A model that is too large for the GPU visits it block by block.
+    """
+    from quantize.devices import choose_devices
+    from quantize.evaluate import (
+        context_of,
+        evaluation_text,
+        load_any,
+        on_device,
+        require_harness,
+        score,
+        task_scores,
+        windows_at_once,
+    )
+    from quantize.report import Report
+    from quantize.results import add_results, require_checkpoint
+
+    chosen = None if dtype == "auto" else _dtype(dtype, "auto")
+    place = choose_devices(device or "auto")[0]
+    if record and len(models) == 1:
+        raise QuantizeError("--record keeps how a VPTQ checkpoint differs from its original; give that first, then it")
+    if tasks:
+        require_harness()
     body = evaluation_text(text)
     source = "Python's language reference" if text is None else Path(text).name
+    for name in models[1:] if record else []:
+        require_checkpoint(Path(name))
+    window = context_of(models, context, trust_remote_code)
     first: Any = None
-    with Report(_console) as report:
+    with Report(_console) as report, contextlib.ExitStack() as present:
         for name in models:
             report.stage(f"perplexity of {name}")
-            model, tokenizer = load_any(name, torch.device(device), trust=trust_remote_code)
+            model, tokenizer = load_any(name, torch.device("cpu"), chosen, trust_remote_code)
             reference = None if first is None else first[0]
-            found = score(model, tokenizer, body, context, tokens, report.progress, reference)
-            where = f"on {source}, {found.tokens} tokens in windows of {context}"
+            with contextlib.ExitStack() as visit:
+                whole = (present if first is None else visit).enter_context(on_device(model, place))
+                at_once = 1 if whole else windows_at_once(model, window, place)
+                found = score(model, tokenizer, body, window, tokens, report.progress, reference, at_once)
+                scores = task_scores(model, tokenizer, tasks.split(","), limit) if tasks else {}
+            where = f"on {source}, {found.tokens} tokens in windows of {window}"
+            where += "" if dtype == "float32" else f", {str(model.dtype).removeprefix('torch.')}"
             if first is None:
                 _console.print(f"  {where}", markup=False)
             measures = {f"perplexity {where}": found.perplexity}
             if found.divergence is not None:
                 measures[f"KL to the original {where}"] = found.divergence
-            scores = task_scores(model, tokenizer, tasks.split(","), limit) if tasks else {}
             measures |= scores
-            first = first or (model, measures)
-            before = first[1][f"perplexity {where}"]
+            first = first or (model, measures, found.perplexity)
             divergence = "" if found.divergence is None else f"  KL {found.divergence:.4f}"
-            _console.print(f"  {found.perplexity:.3f}  ({found.perplexity / before:.3f}x){divergence}")
-            for task, accuracy in scores.items():
-                _console.print(f"  {task}: {accuracy:.4f}", markup=False)
+            _console.print(f"  {found.perplexity:.3f}  ({found.perplexity / first[2]:.3f}x){divergence}")
+            for task, value in scores.items():
+                _console.print(f"  {task}: {value:.4f}", markup=False)
             if record and reference is not None:
                 add_results(Path(name), first[1], measures)
+
+
+def _dtype(name: str, *more: str) -> torch.dtype:
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise QuantizeError(f"dtype {name}, expected one of {', '.join([*kinds, *more])}")
+    return kinds[name]
 
 
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A model on the hub, or a directory with one.")],
-    bits: Annotated[float | None, typer.Option(help="Effective bits a weight, books included.")] = None,
-    preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file; the options win over it.")] = None,
-    vector_length: Annotated[int | None, typer.Option(help="Output rows that share an index, 2 to 16 [4].")] = None,
-    centroids: Annotated[int | None, typer.Option(help="Main codebook, a power of two up to 65536 [256].")] = None,
-    residual_centroids: Annotated[int | None, typer.Option(help="Residual codebook, 0 for none [128].")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=_TRUST)] = False,
+    bits: _Bits = None,
+    preset: _Preset = None,
+    recipe: _File = None,
+    vector_length: _VectorLength = None,
+    centroids: _Centroids = None,
+    residual_centroids: _Residual = None,
+    calibration: _Calibration = None,
+    tokens: _Tokens = None,
+    context: _Context = None,
+    finetune_steps: _Steps = None,
+    seed: _Seed = None,
+    device: _Device = None,
+    trust_remote_code: _Trust = False,
 ) -> None:
-    """Says what a run would do, without weights or work: layers, bits, bytes, an estimate of time and memory."""
-    from quantize.estimate import estimate, planned, table
+    """Says what a run would do, without weights or work: layers, bits, bytes, an estimate of time and memory.
+
+    Takes the options of run that make a recipe.
+    """
+    from quantize.devices import choose_devices
+    from quantize.estimate import estimate, planned, table, too_large
     from quantize.model import decoder_blocks, load_shapes
     from quantize.plan import left_dense_note
 
-    books = {"vector_length": vector_length, "centroids": centroids, "residual_centroids": residual_centroids}
-    chosen = Recipe.load(recipe, preset, bits=bits, **books)
+    chosen = Recipe.load(
+        recipe,
+        preset,
+        finetune_steps,
+        bits=bits,
+        vector_length=vector_length,
+        centroids=centroids,
+        residual_centroids=residual_centroids,
+        calibration=calibration or None,
+        tokens=tokens,
+        context=context,
+        seed=seed,
+        device=device,
+    )
+    first = choose_devices(chosen.device)[0]
     loaded = load_shapes(model, trust_remote_code)
     made = planned(loaded, chosen)
     _console.print(table(made))
     if note := left_dense_note(decoder_blocks(loaded)):
         _console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+    if reason := too_large(loaded, chosen, first):
+        _console.print(f"note: a run would stop here: {reason}", style="yellow", markup=False, soft_wrap=True)
     if chosen.bits is not None and chosen.allocation == "measured":
         _console.print(
             "which layer gets which books is for the run to measure; here all weights count alike", soft_wrap=True
@@ -202,17 +290,14 @@ def push(
 
 @app.command()
 def dequantize(
-    checkpoint: Annotated[Path, typer.Argument(help="A VPTQ checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(help="A VPTQ checkpoint, a directory or on the hub.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Writes the dense model that a VPTQ checkpoint stands for, for tools that know no VPTQ."""
     from quantize.export import write_dense
 
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
-        raise QuantizeError(f"dtype {dtype}, expected one of {', '.join(kinds)}")
-    write_dense(checkpoint, out, kinds[dtype])
+    write_dense(checkpoint_folder(checkpoint), out, _dtype(dtype))
     _console.print(str(out), markup=False)
 
 

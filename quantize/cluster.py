@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantize.devices import Done, Job, be_deterministic, choose_devices, largest_first
 from quantize.errors import QuantizeError
+from vllm_vptq.extras import how_to_install
 
 
 class Cluster:
@@ -28,7 +29,7 @@ class Cluster:
         try:
             import ray
         except ImportError as error:
-            raise QuantizeError("--ray needs Ray: pip install 'vllm-vptq[ray]'") from error
+            raise QuantizeError(f"--ray needs Ray: {how_to_install('ray')}") from error
         self._ray = ray
         try:
             ray.init(None if address == "local" else address, log_to_driver=False, ignore_reinit_error=True)

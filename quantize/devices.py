@@ -29,7 +29,12 @@ Share = Callable[[Sequence[Job], Done], list]
 
 
 def choose_devices(name: str) -> list[torch.device]:
-    """The devices for ``auto``, ``cpu`` or ``cuda``: all visible GPUs, or the CPU; QuantizeError without GPUs."""
+    """The devices for ``auto``, ``cpu`` or ``cuda``: all visible GPUs, or the CPU.
+
+    QuantizeError for another name, and for ``cuda`` without GPUs.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise QuantizeError(f"device {name}, expected one of auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise QuantizeError("device cuda was asked for and torch finds none")
     if name == "cpu" or not torch.cuda.is_available():

@@ -12,6 +12,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from quantize.allocate import allocate
+from quantize.calibration import writes_itself
+from quantize.devices import fits
 from quantize.kmeans import Books, assign
 from quantize.model import decoder_blocks
 from quantize.plan import Plan, make_plan
@@ -30,6 +32,23 @@ def planned(model: nn.Module, recipe: Recipe) -> Plan:
         return plan
     even = {name: dict.fromkeys((True, False), float(math.prod(shape))) for name, shape in plan.shapes.items()}
     return make_plan(blocks, recipe, allocate(plan.layers, plan.shapes, even, recipe))
+
+
+def too_large(model: nn.Module, recipe: Recipe, device: torch.device, calibrated: bool = False) -> str | None:
+    """Why a run cannot be done on its first device, with the remedy: some steps need the whole model there.
+
+    A run that was killed may be ``calibrated`` already.
+    """
+    if fits(model, device):
+        return None
+    if recipe.finetune.steps:
+        return (
+            f"training end to end needs the model on {device} twice, and it is too large for that; choose a recipe "
+            "without: --finetune-steps 0, or finetune: {steps: 0}"
+        )
+    if writes_itself(recipe) and not calibrated:
+        return f"the model is too large for {device} to write its own text; give it some by --calibration"
+    return None
 
 
 def table(plan: Plan) -> Table:

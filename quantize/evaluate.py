@@ -2,51 +2,109 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from quantize.devices import fits, free_memory, streamed
 from quantize.errors import QuantizeError
 from quantize.export import dense_tensors, read_config
-from quantize.model import loading
+from quantize.model import decoder_blocks, loading
+from vllm_vptq.extras import how_to_install
 from vllm_vptq.format import VPTQFormatError, is_vptq_section
+from vllm_vptq.hub import checkpoint_folder
+
+_CONTEXT = 1024
+_WINDOWS = 8
+_ACCURACIES = ("acc_norm,none", "acc,none", "exact_match,strict-match")
 
 
 def load_any(
-    model: str, device: torch.device, dtype: torch.dtype = torch.float32, trust: bool = False
+    model: str, device: torch.device, dtype: torch.dtype | None = torch.float32, trust: bool = False
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer; a VPTQ checkpoint is loaded as the dense model it stands for.
 
-    ``trust`` allows code that the model brings along to run.
+    ``dtype`` None is the one that the checkpoint says. ``trust`` allows code that the model brings along to run.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(model)
     with loading(model):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
         if not any(
             is_vptq_section(getattr(config, key, None) or {}) for key in ("quantization_config", "quant_config")
         ):
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust)
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype or "auto", trust_remote_code=trust)
             return loaded.to(device).eval(), AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+    folder = checkpoint_folder(model)
     _, specs = read_config(folder)
     for key in ("quantization_config", "quant_config"):
         if hasattr(config, key):
             delattr(config, key)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
     loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
-    state = dict(dense_tensors(folder, specs, dtype))
-    missing, unexpected = loaded.load_state_dict(state, strict=False)
-    tied = set(getattr(loaded, "all_tied_weights_keys", None) or ())
-    lost = [name for name in missing if name not in tied]
-    if lost or unexpected:
-        raise VPTQFormatError(str(folder), f"tensors do not fit the model: {', '.join([*lost, *unexpected][:3])}")
+    lost = _fill(loaded, dense_tensors(folder, specs, dtype))
+    if lost:
+        raise VPTQFormatError(str(folder), f"tensors do not fit the model: {', '.join(lost[:3])}")
     loaded.tie_weights()
     return loaded.to(device).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Gives a model its tensors, one at a time; the names of those that it lacks, or does not know in this shape."""
+    own = model.state_dict()
+    missing = dict.fromkeys(own)
+    unexpected = []
+    for name, tensor in tensors:
+        if name in own and own[name].shape == tensor.shape:
+            own[name].copy_(tensor)
+            missing.pop(name, None)
+        else:
+            unexpected.append(name)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return [*(name for name in missing if name not in tied), *unexpected]
+
+
+@contextlib.contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[bool]:
+    """A model that can be called on a device; gives whether it is there whole, for it may come block by block."""
+    whole = fits(model, device)
+    blocks = [] if whole else [block.module for block in decoder_blocks(model)]
+    with streamed(model, blocks, device):
+        yield whole
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself would not count as room for the next
+
+
+def windows_at_once(model: nn.Module, context: int, device: torch.device) -> int:
+    """Windows for one pass of a model that comes to a GPU block by block: every pass reads all of it."""
+    vocabulary = model.config.get_text_config().vocab_size
+    logits = 2 * 4 * context * vocabulary  # its own and the reference's, in float32
+    return max(1, min(_WINDOWS, free_memory(device) // 2 // logits))
+
+
+def context_of(models: Sequence[str], asked: int | None, trust: bool = False) -> int:
+    """Tokens in a window that every model has positions for: those asked for, or up to 1024.
+
+    Reads configurations only. QuantizeError for a model without one, and if more are asked for than one has.
+    """
+    from transformers import AutoConfig
+
+    context = asked or _CONTEXT
+    for name in models:
+        with loading(name):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or context
+        if asked is not None and asked > positions:
+            raise QuantizeError(f"--context {asked}: {name} has {positions} positions")
+        context = min(context, positions)
+    return context
 
 
 def evaluation_text(name: str | None) -> str:
@@ -98,8 +156,9 @@ def score(
     tokens: int = 40960,
     progress: Callable[[int, int], None] = lambda done, total: None,
     reference: nn.Module | None = None,
+    at_once: int = 1,
 ) -> Score:
-    """Scores non-overlapping windows of ``context`` tokens, the first token of each aside."""
+    """Scores non-overlapping windows of ``context`` tokens, the first token of each aside, ``at_once`` in a pass."""
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0][:tokens]
     # Gemma reads nothing sensible without its opening token.
     opening = [tokenizer.bos_token_id] if "gemma" in model.config.model_type else []
@@ -107,16 +166,20 @@ def score(
     starts = range(0, len(ids) - step + 1, step)
     if not starts:
         raise QuantizeError(f"the text has {len(ids)} tokens, fewer than one window of {context}")
-    total, divergence, count = 0.0, 0.0, 0
-    for i, start in enumerate(starts):
-        window = torch.tensor(opening + ids[start : start + step].tolist(), device=model.device)
-        found = torch.log_softmax(model(window[None]).logits[0, :-1].float(), -1)
-        total += float(nn.functional.nll_loss(found, window[1:], reduction="sum"))
-        if reference is not None:
-            wanted = torch.log_softmax(reference(window[None]).logits[0, :-1].float(), -1)
-            divergence += float(nn.functional.kl_div(found, wanted, reduction="sum", log_target=True))
-        count += len(window) - 1
-        progress(i + 1, len(starts))
+    windows = torch.tensor([opening + ids[start : start + step].tolist() for start in starts])
+    total, divergence, done = 0.0, 0.0, 0
+    for batch in windows.to(model.get_input_embeddings().weight.device).split(at_once):
+        logits = model(batch).logits
+        aims = [None] * len(batch) if reference is None else reference(batch).logits
+        for window, own, aim in zip(batch, logits, aims, strict=True):
+            found = torch.log_softmax(own[:-1].float(), -1)
+            total += float(nn.functional.nll_loss(found, window[1:], reduction="sum"))
+            if aim is not None:
+                wanted = torch.log_softmax(aim[:-1].float(), -1)
+                divergence += float(nn.functional.kl_div(found, wanted, reduction="sum", log_target=True))
+        done += len(batch)
+        progress(done, len(windows))
+    count = len(windows) * (context - 1)
     return Score(math.exp(total / count), divergence / count if reference is not None else None, count)
 
 
@@ -125,23 +188,38 @@ def perplexity(model: nn.Module, tokenizer: Any, text: str, context: int = 1024,
     return score(model, tokenizer, text, context, tokens).perplexity
 
 
-def task_scores(model: nn.Module, tokenizer: Any, tasks: list[str], limit: int | None) -> dict[str, float]:
-    """Accuracies by the LM Evaluation Harness (https://github.com/EleutherAI/lm-evaluation-harness), zero shot.
-
-    QuantizeError without the harness, which the extra ``eval`` installs, and for tasks it doesn't know.
-    """
+def require_harness() -> None:
+    """QuantizeError without the LM Evaluation Harness, which the extra ``eval`` installs."""
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise QuantizeError("--tasks needs the LM Evaluation Harness: pip install 'vllm-vptq[eval]'") from error
+        raise QuantizeError(f"--tasks needs the LM Evaluation Harness: {how_to_install('eval')}") from error
+
+
+def task_scores(model: nn.Module, tokenizer: Any, tasks: list[str], limit: int | None) -> dict[str, float]:
+    """What the LM Evaluation Harness (https://github.com/EleutherAI/lm-evaluation-harness) finds, zero shot.
+
+    A task's accuracy by its name; all metrics, with theirs, of tasks that have none. QuantizeError for tasks that the
+    harness doesn't know.
+    """
+    require_harness()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     try:
         results = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit)["results"]
     except (KeyError, ValueError) as error:
         raise QuantizeError(f"tasks {', '.join(tasks)}: {' '.join(str(error).split())}") from error
-    accuracies = ("acc_norm,none", "acc,none", "exact_match,strict-match")
-    return {
-        task: float(next(values[key] for key in accuracies if key in values))
-        for task, values in results.items()
-        if any(key in values for key in accuracies)
-    }
+    scores: dict[str, float] = {}
+    for task, values in results.items():
+        accuracy = next(
+            (values[key] for key in ("acc_norm,none", "acc,none", "exact_match,strict-match") if key in values), None
+        )
+        if accuracy is not None:
+            scores[task] = float(accuracy)
+            continue
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if isinstance(value, (int, float)) and kind and not metric.endswith("_stderr"):
+                scores[f"{task} {metric}" + ("" if kind == "none" else f" ({kind})")] = float(value)
+    return scores

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantize.devices import streamed
 from quantize.errors import QuantizeError
+from vllm_vptq.limits import limit_of
 
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 _ON_DEVICE = 2 << 30
@@ -78,9 +79,10 @@ class Block:
 
 
 def decoder_blocks(model: nn.Module) -> list[Block]:
-    """The blocks of the decoder: the longest module list whose items hold linear layers.
+    """The blocks of the decoder: the longest module list whose items hold linear layers, and that is in no other.
 
     Routers are none of them: small, and what they say decides about all the rest, so that servers keep them dense.
+    Nor is what our server refuses to load: routed experts.
     """
     lists = [
         (name, module)
@@ -89,7 +91,9 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
     ]
     if not lists:
         raise QuantizeError(f"{type(model).__name__} has no list of blocks with linear layers; nothing to quantize")
-    name, blocks = max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))
+    # Not those inside of another, such as a block's experts, of which there may be more than blocks.
+    outer = [(name, blocks) for name, blocks in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    name, blocks = max(outer, key=lambda item: len(item[1]))
     found = []
     for i, block in enumerate(blocks):
         prefix = f"{name}.{i}"
@@ -97,7 +101,9 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
         linears = {
             f"{prefix}.{n}": m
             for n, m in block.named_modules()
-            if isinstance(m, nn.Linear) and not (_ROUTER.search(n) and m.weight.numel() < size / 50)
+            if isinstance(m, nn.Linear)
+            and not (_ROUTER.search(n) and m.weight.numel() < size / 50)
+            and not limit_of(f"{prefix}.{n}")
         }
         found.append(Block(prefix, block, linears))
     return found

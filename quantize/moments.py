@@ -23,17 +23,19 @@ Weights = Mapping[str, Tensor]
 
 
 @torch.inference_mode()
-def stages(i: int, block: Block, names: Sequence[str], batch: Batch) -> list[list[str]]:
+def stages(i: int, block: Block, names: Sequence[str], batches: Sequence[Batch]) -> list[list[str]]:
     """The linears among ``names`` in the order of their first call, those that receive the same tensor together.
 
-    Linears that the batch never reached (unrouted experts) are missing.
+    Later batches are for linears that those before did not reach. What none of them reached is missing.
     """
     found: list[list[str]] = []
     last: list[Tensor] = []
+    left = dict.fromkeys(names)
 
     def record(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if any(name in stage for stage in found):
+        if name not in left:
             return
+        del left[name]
         if last and last[0] is args[0]:
             found[-1].append(name)
         else:
@@ -41,7 +43,10 @@ def stages(i: int, block: Block, names: Sequence[str], batch: Batch) -> list[lis
         last[:] = [args[0]]
 
     hooks = [block.linears[name].register_forward_pre_hook(partial(record, name)) for name in names]
-    batch.run(i, block.module)
+    for batch in batches:
+        if left:
+            batch.run(i, block.module)
+            last.clear()
     for hook in hooks:
         hook.remove()
     return found
@@ -118,7 +123,7 @@ def output_gradients(
         parameter.requires_grad_()
     weights, means = {}, {}
     for name, parts in seen.items():
-        whole = torch.cat(parts)
-        means[name] = float(whole.mean())
+        whole = torch.cat(parts) if parts else torch.zeros(0, len(groups[name]))  # a linear that no token reached
+        means[name] = float(whole.mean()) if parts else 0.0
         weights[name] = whole / max(means[name], 1e-30)
     return weights, means

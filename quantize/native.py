@@ -26,6 +26,14 @@ def available(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and _cuda() is not None)
 
 
+def prepare(device: torch.device) -> None:
+    """Builds the code for a device if that was not done yet; BuildError where a CPU's can't be, as without compiler."""
+    if device.type == "cpu":
+        cpu_library("assign")
+    else:
+        _cuda()
+
+
 def assign(points: Tensor, main: Tensor, residual: Tensor | None, candidates: int) -> tuple[Tensor, Tensor | None]:
     """Main and residual indices int64 ``[n]`` for points ``[n, v]`` and books ``[k, v]`` and ``[r, v]``, float32."""
     points = points.contiguous()

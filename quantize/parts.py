@@ -1,8 +1,9 @@
 """What a run has finished so far, on disk: one file per layer, so that a killed run starts again where it stopped.
 
-The folder ``parts`` in the output directory holds what was asked for (``run.json``), the calibration tokens, the
-chosen layer recipes and every finished layer with its record. Files appear under their name only when they are whole.
-Everything else is computed again from these, with the same result; a finished run leaves no ``parts``.
+The folder ``parts`` in the output directory holds what was asked for (``run.json``), the calibration tokens, what every
+measured block is worth, the chosen layer recipes and every finished layer with its record. Files appear under their
+name only when they are whole. Everything else is computed again from these, with the same result; a finished run
+leaves no ``parts``.
 """
 
 from __future__ import annotations

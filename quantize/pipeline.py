@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize import native
 from quantize.allocate import allocate
 from quantize.blocks import quantize_blocks
 from quantize.calibration import calibration_tokens, writes_itself
-from quantize.devices import Share, be_deterministic, choose_devices, fits, resident
+from quantize.devices import Share, be_deterministic, choose_devices, resident
 from quantize.errors import QuantizeError
-from quantize.estimate import planned
+from quantize.estimate import planned, too_large
 from quantize.export import Exporter
 from quantize.model import Block, decoder_blocks, first_inputs, load
 from quantize.moments import Weights, output_gradients
@@ -44,6 +45,8 @@ def quantize_model(
     code that the model brings along to run.
     """
     devices = choose_devices(recipe.device)
+    if cluster is None:
+        native.prepare(devices[0])
     be_deterministic()
     versions = {name: version(name) for name in ("torch", "transformers", "vllm-vptq")}
     parts = Parts(out, {"model": source, "recipe": recipe.model_dump(mode="json"), "versions": versions})
@@ -53,11 +56,8 @@ def quantize_model(
     expected = planned(model, recipe)  # or hours would pass before its mistakes were seen
     report.note(left_dense_note(blocks))
     _require_space(out, model, expected)
-    if recipe.finetune.steps and not fits(model, devices[0]):
-        raise QuantizeError(
-            f"training end to end needs the model on {devices[0]} twice, and it is too large for that; choose a recipe "
-            "without: finetune: {steps: 0}"
-        )
+    if reason := too_large(model, recipe, devices[0], "calibration" in parts):
+        raise QuantizeError(reason)
 
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
     if "calibration" not in parts:
@@ -96,8 +96,6 @@ def _require_space(out: Path, model: nn.Module, plan: Plan) -> None:
 def _calibration(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.device, report: Report) -> Tensor:
     if not writes_itself(recipe):
         return calibration_tokens(model, tokenizer, recipe, report.progress)
-    if not fits(model, device):
-        raise QuantizeError(f"the model is too large for {device} to write its own text; give it some by --calibration")
     with resident(model, device):
         return calibration_tokens(model, tokenizer, recipe, report.progress)
 
@@ -112,7 +110,8 @@ def _prepare(run: Run) -> tuple[Plan, Weights | None]:
         if recipe.allocation == "measured":
             run.report.stage("measuring what each layer is worth")
             batches = run.id_batches()[: max(1, _MEASURED_TOKENS // BATCH_TOKENS)]
-            sensitivity = measure(run.model, run.blocks, plan, batches, recipe, run.share, run.report.progress)
+            progress = run.report.progress
+            sensitivity = measure(run.model, run.blocks, plan, batches, recipe, run.share, progress, run.parts)
         layers = allocate(plan.layers, plan.shapes, sensitivity, recipe)
         run.parts.write_json("plan", {name: layer.model_dump() for name, layer in layers.items()})
         chosen = run.parts.read_json("plan")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +13,8 @@ from quantize.errors import QuantizeError
 from quantize.model import Block
 from quantize.recipe import LayerRecipe, Recipe
 from vllm_vptq.format import LayerSpec, VPTQFormatError, effective_bits
+
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 def total_bits(specs: Mapping[str, LayerSpec]) -> float:
@@ -77,17 +81,23 @@ def make_plan(blocks: list[Block], recipe: Recipe, chosen: Mapping[str, LayerRec
 
 
 def left_dense(blocks: list[Block]) -> dict[str, int]:
-    """Matrices of the blocks that are no ``nn.Linear``, say experts in one tensor, with their sizes: they stay dense.
+    """Matrices of the blocks that are not quantized, with their sizes: experts, in one tensor or each a linear.
 
-    Those below a hundredth of their block are left out.
+    Those that make up less than a hundredth of their block are left out, modules that differ by number taken together.
     """
-    found = {}
+    found: dict[str, int] = {}
     for block in blocks:
         inside = {f"{name}.weight" for name in block.linears}
         least = sum(parameter.numel() for parameter in block.module.parameters()) / 100
-        for name, parameter in block.module.named_parameters(block.name):
-            if name not in inside and parameter.ndim > 1 and parameter.numel() > least:
-                found[name] = parameter.numel()
+        dense = {
+            name: parameter.numel()
+            for name, parameter in block.module.named_parameters(block.name)
+            if name not in inside and parameter.ndim > 1
+        }
+        kinds: Counter[str] = Counter()
+        for name, size in dense.items():
+            kinds[_NUMBER.sub("", name)] += size
+        found |= {name: size for name, size in dense.items() if kinds[_NUMBER.sub("", name)] > least}
     return found
 
 
@@ -97,4 +107,7 @@ def left_dense_note(blocks: list[Block]) -> str | None:
     if not left:
         return None
     share = sum(left.values()) / sum(p.numel() for block in blocks for p in block.module.parameters())
-    return f"{100 * share:.0f} % of the blocks' weights are in no nn.Linear and stay dense, first {next(iter(left))}"
+    return (
+        f"{100 * share:.0f} % of the blocks' weights stay dense, first {next(iter(left))}: routed experts, which the "
+        "server takes dense only, or in no nn.Linear"
+    )

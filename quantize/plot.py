@@ -7,6 +7,7 @@ from pathlib import Path
 
 from quantize.errors import QuantizeError
 from quantize.report import REPORT
+from vllm_vptq.extras import how_to_install
 
 
 def draw(report: Path, out: Path) -> None:
@@ -21,7 +22,7 @@ def draw(report: Path, out: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise QuantizeError("a plot needs matplotlib: pip install 'vllm-vptq[plot]'") from error
+        raise QuantizeError(f"a plot needs matplotlib: {how_to_install('plot')}") from error
     figure = Figure(figsize=(10, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for leaf in dict.fromkeys(point[0] for point in points):

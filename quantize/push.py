@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from quantize.errors import QuantizeError
 from quantize.export import VERSIONS, read_config
@@ -21,7 +23,7 @@ def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
 
     ``results`` are rows as ``NAME=VALUE``, below those that evaluation left beside the checkpoint.
     """
-    _, specs = read_config(checkpoint)
+    config, specs = read_config(checkpoint)
     bits = total_bits(dict(specs))
     recipe = json.loads((checkpoint / "vptq_recipe.json").read_text(encoding="utf8"))
     rows = [
@@ -41,7 +43,9 @@ def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
             f"base_model: {original}",
             "base_model_relation: quantized",
             "library_name: vllm",
+            "pipeline_tag: text-generation",
             "tags: [vptq, vllm]",
+            *_license(original, config),
             "---",
             "",
             f"# {original.rpartition('/')[2]}, {bits:.2f} bits a weight",
@@ -49,7 +53,7 @@ def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
             f"[{original}](https://huggingface.co/{original}) with its {len(specs)} linear layers in VPTQ's format: "
             f"{bits:.3f} bits a weight with indices, codebooks and norms counted; embeddings and head unchanged.",
             "",
-            "    pip install vllm-vptq",
+            '    pip install -e ".[gpu]"         # in a checkout of vllm-vptq',
             "    vllm serve THIS_REPOSITORY",
             *table,
             "",
@@ -63,6 +67,24 @@ def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
             "",
         ]
     )
+
+
+def _license(original: str, config: Mapping[str, Any]) -> list[str]:
+    """Lines on the license, as the original's card has it, or else its config; none where neither can be read."""
+    from huggingface_hub import ModelCard
+
+    local = Path(original).is_dir()
+    try:
+        card = ModelCard.load(Path(original) / "README.md" if local else original).data.to_dict()
+    except Exception:  # whatever the hub client and YAML raise; a card is no condition for an upload
+        card = {}
+    found = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+    link = found.get("license_link")
+    if link and not local and "://" not in link:  # a file beside the original
+        found["license_link"] = f"https://huggingface.co/{original}/blob/main/{link}"
+    if not found and config.get("license"):
+        found = {"license": config["license"]}
+    return yaml.safe_dump(found, sort_keys=False).splitlines() if found else []
 
 
 def upload(

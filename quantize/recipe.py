@@ -200,10 +200,12 @@ class Recipe(LayerRecipe):
         return any(getattr(rule, size) is not None for rule in rules for size in sizes)
 
     @classmethod
-    def load(cls, path: Path | None, preset: str | None = None, **options: Any) -> Recipe:
+    def load(
+        cls, path: Path | None, preset: str | None = None, finetune_steps: int | None = None, **options: Any
+    ) -> Recipe:
         """Reads a YAML recipe; it wins over a preset, and options that are not None over both.
 
-        QuantizeError names what is wrong.
+        ``finetune_steps`` are those of ``finetune``, whose rate and tokens stay. QuantizeError names what is wrong.
         """
         if preset is not None and preset not in PRESETS:
             raise QuantizeError(f"preset {preset}, expected one of {', '.join(PRESETS)}")
@@ -213,8 +215,12 @@ class Recipe(LayerRecipe):
             raise QuantizeError(f"recipe {path}: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
             raise QuantizeError(f"recipe {path}: expected a table of options by name, found {str(data)[:60]!r}")
+        data = PRESETS.get(preset or "", {}) | data | {k: v for k, v in options.items() if v is not None}
+        training = data.get("finetune", {})
+        if finetune_steps is not None and isinstance(training, dict):
+            data["finetune"] = training | {"steps": finetune_steps}
         try:
-            return cls(**(PRESETS.get(preset or "", {}) | data | {k: v for k, v in options.items() if v is not None}))
+            return cls(**data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])

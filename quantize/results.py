@@ -25,8 +25,14 @@ def read_results(checkpoint: Path) -> Results:
         raise QuantizeError(f"{path} is damaged ({error}); remove it") from error
 
 
-def add_results(checkpoint: Path, original: Mapping[str, float], found: Mapping[str, float]) -> None:
-    """Keeps measures of a VPTQ checkpoint beside those of its original; QuantizeError if it is no such checkpoint."""
+def require_checkpoint(checkpoint: Path) -> None:
+    """QuantizeError or VPTQFormatError where results cannot be kept: no directory with a VPTQ checkpoint."""
+    if not checkpoint.is_dir():
+        raise QuantizeError(f"--record writes into a checkpoint's directory, and {checkpoint} is none")
     read_config(checkpoint)
+
+
+def add_results(checkpoint: Path, original: Mapping[str, float], found: Mapping[str, float]) -> None:
+    """Keeps measures of a VPTQ checkpoint beside those of its original."""
     rows = read_results(checkpoint) | {name: (original.get(name), value) for name, value in found.items()}
     write_text(checkpoint / _RESULTS, json.dumps(rows, indent=1) + "\n")

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from quantize.errors import QuantizeError
 from quantize.estimate import planned
-from quantize.evaluate import load_any, score
+from quantize.evaluate import evaluation_text, load_any, score
 from quantize.export import write_dense
-from quantize.model import decoder_blocks, load_shapes
+from quantize.model import Batch, Block, decoder_blocks, load_shapes
+from quantize.moments import stages
 from quantize.pipeline import quantize_model
 from quantize.plan import left_dense
 from quantize.recipe import Recipe
@@ -76,6 +77,17 @@ def test_routers_and_experts_in_one_tensor_stay_dense(text_file: Path, tmp_path:
     assert 0 < score(coded, tokenizer, TEXT, 64, 2048, reference=original).divergence < 1.0
 
 
+def own_model(tied: Path, tmp_path: Path, code: str) -> Path:
+    """A copy of ``tied`` with code of its own: OwnConfig and OwnForCausalLM."""
+    source = Path(shutil.copytree(tied, tmp_path / "source"))
+    (source / "modeling_own.py").write_text(code)
+    config = json.loads((source / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -89,13 +101,86 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
+EXPERTS = """
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class Experts(nn.Module):
+    \"\"\"Eight experts, a token goes through one of them; and a linear that only batches of few sequences reach.\"\"\"
+
+    def __init__(self, size):
+        super().__init__()
+        self.gate = nn.Linear(size, 8, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(8))
+        self.often, self.rare = nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False)
+
+    def forward(self, x):
+        chosen = self.gate(x).argmax(-1)
+        y = self.often(x).clone()
+        for i, expert in enumerate(self.experts):
+            y[chosen == i] += expert(x[chosen == i])
+        return y + self.rare(y) if len(x) < 32 else y
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = Experts(config.hidden_size)
+        self.post_init()
+"""
+
+
+@pytest.mark.parametrize("update", [{"tokens": 3072}, {"tokens": 9216, "bits": 6.0}], ids=["fixed", "measured"])
+def test_experts_that_are_linears_stay_dense_and_rare_calls_are_enough(
+    tied: Path, tmp_path: Path, update: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Batches are of 32 sequences but the last; sensitivities are measured on four of them."""
+    source, out = own_model(tied, tmp_path, EXPERTS), tmp_path / "out"
+    AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(source, trust_remote_code=True), trust_remote_code=True
+    ).save_pretrained(tmp_path / "weights")
+    shutil.copy(tmp_path / "weights" / "model.safetensors", source)
+    (tmp_path / "text.txt").write_text(evaluation_text(None)[:60000])
+    recipe = Recipe(**COARSE.model_dump() | {"calibration": [str(tmp_path / "text.txt")], "correction": 0.5} | update)
+    plan = quantize_model(str(source), out, recipe, Report(), trust=True)
+    leaves = {name.partition(".mlp.")[2] for name in plan.specs} - {""}
+    assert leaves == {"often", "rare"} and len(plan.specs) == 12
+    assert "% of the blocks' weights stay dense, first model.layers.0.mlp.experts.0.weight" in capsys.readouterr().out
+    before, after = read(source), read(out)
+    assert all(torch.equal(after[name], before[name]) for name in before if ".experts." in name or ".gate." in name)
+    load_any(str(out), CPU, trust=True)
+
+
+def test_linears_of_later_batches_come_last_and_in_order() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d, self.e = (torch.nn.Linear(4, 4) for _ in range(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            if len(x) == 2:
+                y = self.b(y) + self.c(y)
+            return self.d(y)
+
+    layer = Layer()
+    block = Block("l", layer, {f"l.{name}": getattr(layer, name) for name in "abcde"})
+    batches = [Batch(torch.ones(size, 3, 4), [{}]) for size in (3, 2, 3)]
+    assert stages(0, block, list(block.linears), batches) == [["l.a"], ["l.d"], ["l.b", "l.c"]]
+    assert stages(0, block, list(block.linears), batches[:1]) == [["l.a"], ["l.d"]]
+
+
 def test_code_that_a_model_brings_along_runs_if_allowed_and_goes_with_it(tied: Path, tmp_path: Path) -> None:
-    source, out = Path(shutil.copytree(tied, tmp_path / "source")), tmp_path / "out"
-    (source / "modeling_own.py").write_text(CODE)
-    config = json.loads((source / "config.json").read_text())
-    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
-    (source / "config.json").write_text(json.dumps(config))
+    source, out = own_model(tied, tmp_path, CODE), tmp_path / "out"
     for call in (
         lambda: run(source, out, COARSE),
         lambda: load_any(str(source), CPU),

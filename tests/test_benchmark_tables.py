@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +25,26 @@ def test_the_compact_layout_takes_what_the_checkpoint_does(tmp_path, format_name
     compact = memory.weights(SHAPES["tiny"], format_name)["compact"]
     size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert compact == pytest.approx(size, rel=0.02)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llmcompressor") is not None, reason="it is not missing here")
+def test_scalar_quantization_without_its_package_is_one_line():
+    words = [
+        sys.executable,
+        "benchmarks/scalar.py",
+        "absent",
+        "absent",
+        "--method",
+        "rtn",
+        "--bits",
+        "2",
+        "--group",
+        "96",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 1 and done.stderr.startswith("error: no llmcompressor"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_figures_that_were_measured_on_a_gpu():

@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
-from quantize import cli
+from quantize import cli, estimate, evaluate, pipeline
 from quantize.push import model_card
+from quantize.recipe import PRESETS, Recipe
 from tests.tiny import command, one_line, set_config
+from vllm_vptq import cli as serving
 
 pytest_plugins = ("tests.tiny_fixtures",)
 Call = tuple[int, str, str]
@@ -80,9 +85,41 @@ def test_a_full_disk_is_one_line(tied: Path, tmp_path: Path, call: Any, monkeypa
     assert code == 1 and one_line(err) == "error: some/tokenizer.json: No space left on device"
 
 
-def test_a_plan_takes_the_words_of_a_run(tied: Path, call: Any) -> None:
-    code, out, _ = call("plan", tied, *SMALL[:6])
-    assert code == 0 and "v8-k16-0" in out and "about" in out and "GiB on this machine" in out
+def test_a_plan_takes_the_words_of_a_run(
+    tied: Path, text_file: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every word of its recipe, to the same recipe."""
+    values = {"--preset": "balanced", "--recipe": tmp_path / "recipe.yaml", "--device": "cpu"}
+    values |= {"--calibration": text_file, "--tokens": 4096, "--context": 128, "--seed": 3, "--finetune-steps": 2}
+    values |= {"--vector-length": 8, "--centroids": 16, "--residual-centroids": 0, "--bits": 5}
+    commands: Any = typer.main.get_command(cli.app)
+    run_, plan_ = ({o for p in commands.commands[c].params for o in p.opts if o[0] == "-"} for c in ("run", "plan"))
+    assert run_ - plan_ == {"--out", "--ray"} and plan_ - set(values) == {"--trust-remote-code"}
+    (tmp_path / "recipe.yaml").write_text("damping: 0.02\n")
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(pipeline, "quantize_model", lambda *words: recipes.append(words[2]) or sys.exit(7))
+    monkeypatch.setattr(estimate, "estimate", lambda model, plan, recipe: recipes.append(recipe) or "about a day")
+    words = [word for pair in values.items() for word in pair]
+    assert call("run", tied, "--out", tmp_path / "q", *words)[0] == 7
+    code, out, _ = call("plan", tied, *words)
+    assert code == 0 and "about a day" in out
+    training = {"steps": 2}
+    expected = PRESETS["balanced"] | {"calibration": [str(text_file)], "finetune": training, "damping": 0.02}
+    numbers = {name.strip("-").replace("-", "_"): value for name, value in values.items() if isinstance(value, int)}
+    del numbers["finetune_steps"]
+    assert recipes == [Recipe(**expected | numbers, device="cpu")] * 2
+
+
+def test_a_plan_says_that_a_model_is_too_large(tied: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "fits", lambda *_: False)
+    for words, expected in [
+        (("--preset", "balanced", "--calibration", "c4.txt"), "--finetune-steps 0"),
+        (("--preset", "balanced", "--finetune-steps", 0), "give it some by --calibration"),
+        (("--preset", "balanced", "--calibration", "c4.txt", "--finetune-steps", 0), None),
+    ]:
+        code, out, _ = call("plan", tied, "--bits", 5, *words)
+        assert code == 0 and "GiB on this machine" in out
+        assert ("a run would stop here" in out and expected in out) if expected else "would stop" not in out, words
 
 
 @pytest.mark.parametrize(
@@ -100,6 +137,7 @@ def test_a_plan_takes_the_words_of_a_run(tied: Path, call: Any) -> None:
                 "--residual-centroids",
                 "--tokens",
                 "--seed",
+                "--finetune-steps",
             ],
         ),
         (["eval"], ["--text", "--context", "--tokens"]),
@@ -112,9 +150,31 @@ def test_help(words: list[str], expected: list[str], call: Any) -> None:
     assert code == 0 and all(word in out for word in expected)
 
 
+@pytest.mark.parametrize("app", [cli.app, serving.app], ids=["vptq-quantize", "vllm-vptq"])
+def test_help_is_printed_as_it_is_written(app: typer.Typer) -> None:
+    """With its brackets: defaults, names of extras."""
+    commands: Any = typer.main.get_command(app)
+    for name, command_ in commands.commands.items():
+        printed = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).output
+        for parameter in command_.params:
+            # Without spaces: lines are wrapped, at hyphens too.
+            assert "".join((parameter.help or "").split()) in "".join(printed.split()), (name, parameter.name)
+
+
 def test_one_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = command("dequantize", tmp_path, "--out", tmp_path / "x")
     assert done.returncode == 1 and one_line(done.stderr).startswith("error: ") and not done.stdout
+
+
+def test_a_missing_compiler_is_said_before_the_work(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("VLLM_VPTQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    done = command("run", tied, "--out", tmp_path / "q", "--device", "cpu", *SMALL)
+    assert done.returncode == 1 and one_line(done.stderr).startswith("error: no C++ compiler found")
+    assert not done.stdout and not (tmp_path / "q").exists()
 
 
 def test_mistakes_are_one_line(tied: Path, fine: Path, tmp_path: Path, call: Any) -> None:
@@ -142,6 +202,66 @@ def test_mistakes_are_one_line(tied: Path, fine: Path, tmp_path: Path, call: Any
     ]:
         code, _, err = call(*words)
         assert code == 1 and one_line(err).startswith("error: ") and match in one_line(err), (words, code, err)
+
+
+def test_eval_refuses_before_anything_is_evaluated(
+    tied: Path, fine: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "load_any", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    for match, *words in [
+        ("device foo", tied, "--device", "foo"),
+        ("device cuda was asked for", tied, "--device", "cuda"),
+        ("dtype int8, expected one of float32, bfloat16, float16, auto", tied, "--dtype", "int8"),
+        (f"--context 257: {tied} has 256 positions", tied, "--context", 257),
+        ("give that first", tied, "--record"),
+        ("no VPTQ configuration", tied, tied, "--record"),
+        ("directory, and", tied, tmp_path / "absent", "--record"),
+        ("absent", tied, tmp_path / "absent"),
+        ("absent.txt", tied, "--text", tmp_path / "absent.txt"),
+        ("LM Evaluation Harness", tied, "--tasks", "piqa"),
+    ]:
+        code, out, err = call("eval", *words)
+        assert code == 1 and not out and one_line(err).startswith("error: ") and match in one_line(err), (words, err)
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(tied: Path, call: Any) -> None:
+    code, out, _ = call("eval", tied, "--tokens", 600)
+    assert code == 0 and "510 tokens in windows of 256" in out
+
+
+def test_eval_in_another_dtype_says_so(tied: Path, fine: Path, call: Any) -> None:
+    words = ("--context", 64, "--tokens", 512)
+    _, exact, _ = call("eval", tied, fine, *words)
+    code, out, _ = call("eval", tied, fine, *words, "--dtype", "bfloat16")
+    assert code == 0 and "in windows of 64, bfloat16" in out and "float32" not in exact
+    lines = [[line for line in text.splitlines() if "x)" in line] for text in (exact, out)]
+    for one, two in zip(*lines, strict=True):
+        assert one != two and float(one.split()[0]) == pytest.approx(float(two.split()[0]), rel=0.05)
+    assert call("eval", tied, fine, *words, "--dtype", "auto")[1].replace(", float32", "") == exact
+
+
+def test_checkpoints_on_the_hub(tied: Path, fine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the hub's cache, without a network."""
+    folder = tmp_path / "hub" / "models--me--model"
+    shutil.copytree(fine, folder / "snapshots" / "0123abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123abc")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    there, here = (command("eval", tied, name, "--context", 64, "--tokens", 512) for name in ("me/model", fine))
+    assert there.returncode == 0, there.stderr
+    assert there.stdout.replace("me/model", "X") == here.stdout.replace(str(fine), "X")
+    done = command("dequantize", "me/model", "--out", tmp_path / "dense")
+    assert done.returncode == 0 and (tmp_path / "dense" / "model.safetensors").is_file(), done.stderr
+    for name, code in (("me/model", 0), ("me/other", 1)):
+        words = [sys.executable, "-m", "vllm_vptq.cli", "inspect", name]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+    assert "me/other: no such directory, so it was looked up on the hub" in one_line(done.stderr)
+    done = command("dequantize", "me/other", "--out", tmp_path / "other")
+    assert done.returncode == 1 and one_line(done.stderr).startswith("error: me/other") and not done.stdout
 
 
 @pytest.mark.parametrize(("option", "value"), [("--context", 0), ("--context", 1), ("--context", -5), ("--tokens", 0)])

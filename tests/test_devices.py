@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantize import devices, pipeline
+from quantize import devices, estimate, pipeline
 from quantize.devices import Clock, choose_devices, resident, share, streamed
 from quantize.errors import QuantizeError
 from quantize.evaluate import load_any
-from quantize.model import decoder_blocks, first_inputs
+from quantize.model import decoder_blocks, first_inputs, load_shapes
 from quantize.moments import output_gradients
 from quantize.recipe import BlockTuning, Finetuning
 from quantize.run import Run
@@ -136,15 +136,17 @@ def test_a_run_does_not_touch_the_weights_it_was_given(
 def test_a_model_too_large_for_its_device_needs_text(
     tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "fits", lambda *_: False)
+    monkeypatch.setattr(estimate, "fits", lambda *_: False)
     with pytest.raises(QuantizeError, match="--calibration"):
         run(tied, tmp_path / "out", COARSE)
+    model = load_shapes(str(tied))
+    assert estimate.too_large(model, COARSE, CPU) and not estimate.too_large(model, COARSE, CPU, calibrated=True)
 
 
 def test_a_model_too_large_to_be_trained_is_refused_before_any_work(
     tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "fits", lambda *_: False)
+    monkeypatch.setattr(estimate, "fits", lambda *_: False)
     monkeypatch.setattr(pipeline, "quantize_blocks", lambda *_: pytest.fail("hours of work"))
     update = {"calibration": (str(text_file),), "finetune": Finetuning(steps=3)}
     with pytest.raises(QuantizeError, match="steps: 0"):
@@ -171,6 +173,8 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_devices("auto") == [CPU]
     with pytest.raises(QuantizeError, match="finds none"):
         choose_devices("cuda")
+    with pytest.raises(QuantizeError, match="device tpu, expected one of"):
+        choose_devices("tpu")
 
 
 def test_a_clock_adds_up() -> None:

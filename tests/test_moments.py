@@ -30,7 +30,7 @@ def token_batches() -> list[Tensor]:
 def test_stages_are_those_that_share_an_input(model: nn.Module) -> None:
     blocks = decoder_blocks(model)
     batches = first_inputs(model, blocks, token_batches())
-    found = stages(0, blocks[0], list(blocks[0].linears), batches[0])
+    found = stages(0, blocks[0], list(blocks[0].linears), batches)
     leaves = [[name.rpartition(".")[2] for name in stage] for stage in found]
     assert leaves == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 

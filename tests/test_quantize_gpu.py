@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantize import blocks, devices, native, pipeline
+from quantize import blocks, devices, evaluate, native, pipeline
 from quantize.columns import Segment, Slab, code_block_torch, decode, loss, sweep, sweep_block_torch, walk
 from quantize.devices import be_deterministic, resident
-from quantize.evaluate import load_any, score
+from quantize.evaluate import load_any, on_device, score, windows_at_once
 from quantize.kmeans import Books, assign, assign_torch, kmeans, train_books
 from quantize.recipe import BlockTuning, Finetuning, LayerRecipe, Recipe
 from quantize.refine import fit_books, fit_norm
@@ -208,6 +208,21 @@ def test_models_that_do_not_fit_come_block_by_block(
     one, two = read(tmp_path / "whole"), read(tmp_path / "streamed")
     assert all(torch.equal(one[name], two[name]) for name in one)
     run(tied, tmp_path / "measured", recipe(text_file, bits=4.0))
+
+
+def test_models_that_do_not_fit_are_evaluated_block_by_block(tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (exact, tokenizer), (rounded, _) = (load_any(str(tied), CPU, dtype) for dtype in (None, torch.half))
+    found = []
+    for fit in (True, False):
+        monkeypatch.setattr(devices, "fits", lambda *_, fit=fit: fit)
+        monkeypatch.setattr(evaluate, "fits", lambda *_, fit=fit: fit)
+        with on_device(exact, GPU) as whole, on_device(rounded, GPU):
+            assert whole == fit
+            at_once = 1 if whole else windows_at_once(rounded, 64, GPU)
+            found.append(score(rounded, tokenizer, TEXT, 64, 2048, reference=exact, at_once=at_once))
+    assert at_once == 8
+    assert found[1].perplexity == pytest.approx(found[0].perplexity, rel=1e-3)
+    assert found[1].divergence == pytest.approx(found[0].divergence, rel=0.1)
 
 
 def test_training_brings_the_model_closer(tied: Path, text_file: Path, tmp_path: Path) -> None:

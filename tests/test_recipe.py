@@ -134,6 +134,16 @@ def test_a_file_wins_over_a_preset_and_an_option_over_both(tmp_path: Path, prese
     )
 
 
+def test_steps_of_training_win_and_leave_the_rest_of_it(tmp_path: Path) -> None:
+    assert Recipe.load(None, "balanced", 0) == Recipe(**PRESETS["balanced"] | {"finetune": {"steps": 0}})
+    assert Recipe.load(None, finetune_steps=7).finetune == Finetuning(steps=7)
+    recipe = load(tmp_path, EVERYTHING, finetune_steps=9)
+    assert recipe.finetune == Finetuning(steps=9, rate=0.5, tokens=64)
+    assert PRESETS["balanced"]["finetune"] == {"steps": 100}
+    assert "finetune" in refused(tmp_path, {"finetune": 5}, finetune_steps=9)
+    assert "finetune.steps" in refused(tmp_path, {}, finetune_steps=-1)
+
+
 def test_presets_that_do_not_exist_are_refused_with_those_that_do() -> None:
     with pytest.raises(QuantizeError, match=r"preset quick, expected one of fast, balanced, best, paper, gptvq-like"):
         Recipe.load(None, preset="quick")

@@ -16,13 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
-from quantize import blocks, evaluate, pipeline
+from quantize import blocks, evaluate, pipeline, sensitivity
 from quantize.errors import QuantizeError
 from quantize.estimate import estimate, planned
-from quantize.evaluate import load_any, score, task_scores
+from quantize.evaluate import load_any, on_device, score, task_scores, windows_at_once
 from quantize.model import load_shapes
 from quantize.parts import Parts
 from quantize.plot import draw
@@ -158,6 +160,34 @@ def test_finished_layers_are_not_solved_again(tied: Path, text_file: Path, tmp_p
     monkeypatch.setattr(blocks, "solve", stop_after(100))
     run(tied, tmp_path / "out", recipe)
     assert len(solved) == 14
+
+
+def test_measured_blocks_are_not_measured_again(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Killed in the second block: gradients and the first are known, and the plan is that of a run in one go."""
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),), "bits": 4.0})
+    plans = [run(tied, tmp_path / "whole", recipe).layers]
+    counts = {"pilot_losses": 0, "output_gradients": 0}
+    last = 10
+
+    def counted(name: str) -> Any:
+        original = getattr(sensitivity, name)
+
+        def count(*arguments: Any) -> Any:
+            if counts[name] == last:
+                raise KeyboardInterrupt
+            counts[name] += 1
+            return original(*arguments)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(sensitivity, name, counted(name))
+    with pytest.raises(KeyboardInterrupt):
+        run(tied, tmp_path / "cut", recipe)
+    last = 100
+    plans.append(run(tied, tmp_path / "cut", recipe).layers)
+    assert counts == {"pilot_losses": 7 + 3 + 7, "output_gradients": 1}
+    assert plans[0] == plans[1] and files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 def test_another_recipe_does_not_go_on_with_these_parts(tmp_path: Path) -> None:
@@ -325,6 +355,41 @@ def test_divergence_is_that_of_the_definition(tied: Path, fine: Path) -> None:
     assert score(a, tokenizer, TEXT, 32, 64, reference=a).divergence == pytest.approx(0, abs=1e-6)
 
 
+def test_a_model_that_comes_block_by_block_scores_the_same(tied: Path, fine: Path, monkeypatch: Any) -> None:
+    """Also where several windows go through it in one pass, the last one of fewer."""
+    (a, tokenizer), (b, _) = load_any(str(tied), CPU), load_any(str(fine), CPU)
+    whole = score(b, tokenizer, TEXT, 32, 352, reference=a)
+    monkeypatch.setattr("quantize.devices.fits", lambda *_: False)
+    monkeypatch.setattr("quantize.evaluate.fits", lambda *_: False)
+    with on_device(a, CPU) as first, on_device(b, CPU) as second:
+        assert not first and not second
+        for at_once, close in ((1, 0), (4, 1e-5)):
+            found = score(b, tokenizer, TEXT, 32, 352, reference=a, at_once=at_once)
+            assert found.tokens == whole.tokens
+            assert found.perplexity == pytest.approx(whole.perplexity, rel=close, abs=0)
+            assert found.divergence == pytest.approx(whole.divergence, rel=100 * close, abs=0)
+
+
+def test_windows_in_a_pass_are_those_that_have_room(tied: Path, monkeypatch: Any) -> None:
+    model, _ = load_any(str(tied), CPU)
+    found = []
+    for free in (0, 1 << 20, 1 << 40):
+        monkeypatch.setattr("quantize.evaluate.free_memory", lambda _, free=free: free)
+        found.append(windows_at_once(model, 64, CPU))
+    assert found == [1, (1 << 19) // (8 * 64 * 300), 8]
+
+
+def test_a_checkpoint_in_its_own_dtype(untied: Path, tied: Path, fine: Path) -> None:
+    """A dense one and a VPTQ one."""
+    assert [load_any(str(folder), CPU, None)[0].dtype for folder in (untied, tied, fine)] == [
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
+    rounded, exact = (load_any(str(fine), CPU, dtype)[0].state_dict() for dtype in (torch.bfloat16, torch.float32))
+    assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
+
+
 def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
     asked: dict[str, Any] = {}
 
@@ -332,7 +397,14 @@ def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
         asked.update(model=model, tasks=tasks, limit=limit)
         if tasks == ["absent"]:
             raise KeyError("absent")
-        return {"results": {"piqa": {"acc,none": 0.5, "acc_norm,none": 0.75}, "other": {"bleu,none": 1.0}}}
+        other = {
+            "alias": "other",
+            "bleu,none": 1.0,
+            "bleu_stderr,none": 0.1,
+            "bits,flexible": 2,
+            "chrf_stderr,none": "N/A",
+        }
+        return {"results": {"piqa": {"acc,none": 0.5, "acc_norm,none": 0.75}, "other": other}}
 
     harness, huggingface = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models.huggingface")
     harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
@@ -340,12 +412,16 @@ def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
     model: Any = object()
-    assert task_scores(model, "tokenizer", ["piqa", "other"], 5) == {"piqa": 0.75}
+    assert task_scores(model, "tokenizer", ["piqa", "other"], 5) == {
+        "piqa": 0.75,
+        "other bleu": 1.0,
+        "other bits (flexible)": 2.0,
+    }
     assert asked == {"model": (model, "tokenizer"), "tasks": ["piqa", "other"], "limit": 5}
     with pytest.raises(QuantizeError, match="absent"):
         task_scores(model, "tokenizer", ["absent"], None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(QuantizeError, match=r"vllm-vptq\[eval\]"):
+    with pytest.raises(QuantizeError, match=r'pip install -e "\.\[eval\]" in the checkout'):
         evaluate.task_scores(model, "tokenizer", ["piqa"], None)
 
 
@@ -376,6 +452,48 @@ def test_upload(fine: Path, tmp_path: Path, revision: str | None) -> None:
     assert card.startswith("---\nbase_model: org/base\n") and "| wikitext-2 | | 12.3 |" in card
     recipe = Recipe.load(checkpoint / "vptq_recipe.json")
     assert f'"tokens": {recipe.tokens}' in card and "14 linear layers" in card
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("license: mit", ["license: mit"]),
+        (
+            "license: other\nlicense_name: llama3.1\nlicense_link: LICENSE",
+            ["license: other", "license_name: llama3.1", "license_link: {link}"],
+        ),
+        ("license_link: https://a.b/c\nlicense: other", ["license: other", "license_link: https://a.b/c"]),
+        ("language: [en]", ["license: from-config"]),
+        ("license: [broken", ["license: from-config"]),
+        (None, ["license: from-config"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("hub", [False, True], ids=["directory", "hub"])
+def test_a_card_has_the_license_of_the_original(
+    fine: Path, tmp_path: Path, monkeypatch: Any, said: str | None, expected: list[str], hub: bool
+) -> None:
+    checkpoint, original = Path(shutil.copytree(fine, tmp_path / "copy")), tmp_path / "original"
+    config = json.loads((checkpoint / "config.json").read_text()) | {"license": "from-config"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    original.mkdir()
+    if said is not None:
+        (original / "README.md").write_text(f"---\n{said}\n---\ntext")
+    if hub:
+        load = ModelCard.load
+        monkeypatch.setattr(ModelCard, "load", lambda name: load({"org/base": original / "README.md"}[name]))
+    name = "org/base" if hub else str(original)
+    link = "https://huggingface.co/org/base/blob/main/LICENSE" if hub else "LICENSE"
+    front = model_card(checkpoint, name, []).split("---\n")[1].splitlines()
+    assert [line for line in front if line.startswith("license")] == [line.format(link=link) for line in expected]
+    assert "pipeline_tag: text-generation" in front
+
+
+def test_a_card_without_a_license_has_none_and_says_how_to_install(fine: Path) -> None:
+    card = model_card(fine, "org/base", [])
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front.keys() == {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"}
+    assert '    pip install -e ".[gpu]"' in card and "pip install vllm-vptq" not in card
 
 
 def test_what_cannot_be_uploaded(fine: Path, tied: Path, tmp_path: Path) -> None:

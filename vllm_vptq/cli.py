@@ -18,12 +18,14 @@ from rich.text import Text
 from vllm_vptq.bench.settings import BenchError, Settings
 from vllm_vptq.build import BuildError
 from vllm_vptq.doctor.fact import Report
+from vllm_vptq.hub import checkpoint_folder
 from vllm_vptq.specs import VPTQFormatError
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in help texts are defaults and extras, no markup
 )
 _MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}
 
@@ -111,7 +113,9 @@ def _with_remedies(text: str, remedies: tuple[str, ...]) -> Text:
 
 @app.command(name="inspect")
 def inspect_(
-    checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A directory with a VPTQ checkpoint.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="DIR", help="A directory with a VPTQ checkpoint, or OWNER/NAME on the hub.")
+    ],
     every: Annotated[bool, typer.Option("--all", help="A row for every module, not for every kind.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
 ) -> None:
@@ -126,7 +130,7 @@ def inspect_(
     """
     from vllm_vptq.inspection import inspect_checkpoint, table
 
-    found = inspect_checkpoint(checkpoint)
+    found = inspect_checkpoint(checkpoint_folder(checkpoint))
     if as_json:
         typer.echo(json.dumps(table.as_json(found), indent=2))
     else:

@@ -12,4 +12,4 @@ def limit_of(module: str) -> str | None:
     """Why a quantized module of this name is refused when loading, or None if it is not."""
     if module.rpartition(".")[2] == "lm_head":
         return QUANTIZED_HEAD
-    return QUANTIZED_EXPERTS if re.search(r"\.experts\.\d+\.", module) else None
+    return QUANTIZED_EXPERTS if re.search(r"\.experts\.\d+(\.|$)", module) else None

@@ -14,6 +14,7 @@ from rich.text import Text
 from vllm_vptq.bench import plot, process, table
 from vllm_vptq.bench.results import Results, default_path
 from vllm_vptq.bench.settings import BenchError, Contestant, Settings
+from vllm_vptq.extras import how_to_install
 
 
 def run(contestants: Sequence[Contestant], settings: Settings, path: Path | None, console: Console) -> bool:
@@ -74,5 +75,5 @@ def _draw(results: Results) -> str:
     try:
         plot.draw(results, picture)
     except ImportError:
-        return "; for a picture too, pip install 'vllm-vptq[plot]'"
+        return f"; for a picture too, {how_to_install('plot')}"
     return f" and {picture}"
