@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 import typer
 
 from benchmarks.shapes import SHAPES, Shape
-from vllm_vptq.format import parse_format
-from vllm_vptq.layouts.memory import LAYOUTS, measure
-from vllm_vptq.parameters import ModuleShard, Segment
+from vllm_vptq.format import LayerSpec, parse_format
+from vllm_vptq.layouts.memory import LAYOUTS, measure, module_of
 
 MODELS = ("Llama-3.1-8B", "Qwen2.5-14B", "Llama-3.1-70B", "Qwen2.5-72B", "Mistral-Large-2407")
 FORMATS = (
@@ -26,22 +24,13 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), 
 """Modules that vLLM makes one layer of."""
 
 
-def module(format_name: str, outputs: int, inputs: int) -> ModuleShard:
-    """A module of a format, whose indices take no memory here."""
-    v, k, r = parse_format(format_name)
-    bits = [max(n, 1).bit_length() - 1 for n in (k, r)]
-    words = torch.empty(-(-outputs // v), -(-inputs * sum(bits) // 32), dtype=torch.int32, device="meta")
-    books = [torch.empty(n, v, dtype=torch.float16) if n else None for n in (k, r)]
-    segment = Segment(v, *bits, inputs, 0, words, None, *books)
-    return ModuleShard(outputs, inputs, (segment,))
-
-
 def weights(shape: Shape, format_name: str) -> dict[str, int]:
     """Bytes of all weights of a model in each layout; layouts that are the same as a smaller one are there too."""
     total = dict.fromkeys(LAYOUTS, 0)
     for names in FUSED:
         sizes = [size for name, size in shape.linears().items() if name.endswith(names)]
-        layer = measure([module(format_name, *size) for size in sizes], LAYOUTS).nbytes
+        specs = [LayerSpec(inputs, outputs, *parse_format(format_name)) for outputs, inputs in sizes]
+        layer = measure([module_of(spec) for spec in specs], LAYOUTS).nbytes
         layer.setdefault("aligned", layer["stationary"])
         norms = sum(2 * 2 * inputs for _, inputs in sizes)
         for layout in LAYOUTS:

@@ -31,6 +31,9 @@ _RESIDUAL_GAPS = {
     6: [(2.0, 2.19), (2.33, 2.32), (2.67, 2.53)],
     8: [(1.75, 1.85), (2.0, 1.97)],
 }
+_BYTE_GAPS = {3: 4.67, 5: 2.97, 7: 2.17, 12: 1.33, 16: 1.09}
+"""Of two books of 256 entries, for vector lengths that are otherwise not chosen; measured in the same way."""
+_BYTE = 256
 _LEAST_VECTORS = 4
 """Vectors a centroid must have on average: with fewer, books learn them by heart, at the price of storing them."""
 
@@ -38,6 +41,8 @@ _LEAST_VECTORS = 4
 def distortion(v: int, k: int, r: int) -> float:
     """Mean squared error of k-means books on a Gaussian source of variance 1, by interpolation of measured ones."""
     bits = math.log2(k * max(r, 1)) / v
+    if v in _BYTE_GAPS and k == r == _BYTE:
+        return float(4**-bits * 10 ** (_BYTE_GAPS[v] / 10))
     points = (_RESIDUAL_GAPS if r else _GAPS)[v]
     (b0, g0), (b1, g1) = points[0], points[-1]
     for left, right in pairwise(points):
@@ -82,6 +87,8 @@ def choices(
 
 def possible_books(recipe: Recipe) -> list[tuple[int, int, int]]:
     """Vector lengths with the sizes of a main and a residual book, 0 for none, that a recipe allows."""
+    if recipe.books == "bytes":
+        return [(v, _BYTE, _BYTE) for v in sorted(_RESIDUAL_GAPS.keys() | _BYTE_GAPS.keys())]
     sizes = [1 << bits for bits in range(2, 17) if 1 << bits <= recipe.largest_book]
     found = [(v, k, 0) for v in _GAPS for k in sizes if 1 <= math.log2(k) / v <= 8]
     if recipe.residual_books:

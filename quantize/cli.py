@@ -31,6 +31,10 @@ _console = Console(highlight=False)
 
 # What a recipe is made of, for run and plan alike.
 _Bits = Annotated[float | None, typer.Option(help="Effective bits a weight, books included; chooses them.")]
+_Books = Annotated[
+    str | None,
+    typer.Option(help="For bits: any; or bytes, pairs of books of 256, the fastest and smallest on a GPU [any]."),
+]
 _Preset = Annotated[str | None, typer.Option(help=f"{', '.join(PRESETS)}: what the recipe starts from.")]
 _File = Annotated[Path | None, typer.Option(help="YAML file; the options below win over it.")]
 _VectorLength = Annotated[int | None, typer.Option(help="Output rows that share an index, 2 to 16 [4].")]
@@ -60,6 +64,7 @@ def run(
     model: Annotated[str, typer.Argument(help="A model on the hub, or a directory with one.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist or be empty.")],
     bits: _Bits = None,
+    books: _Books = None,
     preset: _Preset = None,
     recipe: _File = None,
     vector_length: _VectorLength = None,
@@ -95,6 +100,7 @@ def run(
         preset,
         finetune_steps,
         bits=bits,
+        books=books,
         vector_length=vector_length,
         centroids=centroids,
         residual_centroids=residual_centroids,
@@ -204,6 +210,7 @@ def _dtype(name: str, *more: str) -> torch.dtype:
 def plan(
     model: Annotated[str, typer.Argument(help="A model on the hub, or a directory with one.")],
     bits: _Bits = None,
+    books: _Books = None,
     preset: _Preset = None,
     recipe: _File = None,
     vector_length: _VectorLength = None,
@@ -224,13 +231,14 @@ def plan(
     from quantize.devices import choose_devices
     from quantize.estimate import estimate, planned, table, too_large
     from quantize.model import decoder_blocks, load_shapes
-    from quantize.plan import left_dense_note
+    from quantize.plan import left_dense_note, resident_bits
 
     chosen = Recipe.load(
         recipe,
         preset,
         finetune_steps,
         bits=bits,
+        books=books,
         vector_length=vector_length,
         centroids=centroids,
         residual_centroids=residual_centroids,
@@ -253,6 +261,8 @@ def plan(
             "which layer gets which books is for the run to measure; here all weights count alike", soft_wrap=True
         )
     _console.print(f"{made.bits:.3f} effective bits a weight, {made.weights * made.bits / 8 / 2**20:.1f} MiB")
+    sizes = ", ".join(f"{bits:.2f} {layout}" for layout, bits in resident_bits(made.specs).items())
+    _console.print(f"bits a weight in a GPU's memory, by layout: {sizes}", soft_wrap=True)
     _console.print(estimate(loaded, made, chosen), markup=False)
 
 

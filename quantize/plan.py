@@ -13,6 +13,7 @@ from quantize.errors import QuantizeError
 from quantize.model import Block
 from quantize.recipe import LayerRecipe, Recipe
 from vllm_vptq.format import LayerSpec, VPTQFormatError, effective_bits
+from vllm_vptq.layouts.memory import LAYOUTS, STATIONARY, measure, module_of
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
@@ -21,6 +22,21 @@ def total_bits(specs: Mapping[str, LayerSpec]) -> float:
     """Effective bits of quantized weights: indices, books, norms and permutations over their number."""
     weights = sum(math.prod(spec.shape) for spec in specs.values())
     return sum(effective_bits(spec) * math.prod(spec.shape) for spec in specs.values()) / weights
+
+
+def resident_bits(specs: Mapping[str, LayerSpec]) -> dict[str, float]:
+    """Bits a weight that a GPU holds in each layout, with books and norms; but in compact, indices take whole bytes.
+
+    Layouts that come to the same as a smaller one are there, too. Layers that are fused share some padding.
+    """
+    totals = dict.fromkeys(LAYOUTS, 0.0)
+    for spec in specs.values():
+        sizes = measure([module_of(spec)], LAYOUTS).nbytes
+        norm = 2 * 4 * spec.shape[1 - spec.norm_dim] if spec.enable_norm else 0
+        for layout in LAYOUTS:
+            totals[layout] += 8 * (sizes.get(layout, sizes[STATIONARY]) + norm)
+    weights = sum(math.prod(spec.shape) for spec in specs.values())
+    return {layout: bits / weights for layout, bits in totals.items()}
 
 
 @dataclass(frozen=True)

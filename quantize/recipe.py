@@ -144,6 +144,11 @@ class Recipe(LayerRecipe):
     bits: float | None = Field(
         None, gt=1, le=8, description="effective bits, books included: chooses vector lengths and books per layer"
     )
+    books: Literal["any", "bytes"] = Field(
+        "any",
+        description="for bits: of any sizes; or bytes, pairs of 256 entries and vectors as long as bits allow, which "
+        "GPUs hold without padding and look up fastest",
+    )
     largest_book: Centroids = Field(4096, description="for bits: the most centroids a book may have")
     residual_books: bool = Field(True, description="for bits: whether there may be residual books")
     allocation: Literal["measured", "uniform"] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from quantize.allocate import allocate, choices, distortion, possible_books
 from quantize.errors import QuantizeError
 from quantize.kmeans import assign, train_books
-from quantize.plan import total_bits
+from quantize.plan import resident_bits, total_bits
 from quantize.recipe import LayerRecipe, Recipe, Rule
 from tests.strategies import few
 from vllm_vptq.format import LayerSpec
@@ -31,7 +32,9 @@ def even(norm: float = 1.0) -> dict[str, dict[bool, float]]:
     return {name: {True: norm * math.prod(shape), False: float(math.prod(shape))} for name, shape in SHAPES.items()}
 
 
-@pytest.mark.parametrize(("v", "k", "r"), [(2, 16, 0), (4, 256, 0), (3, 256, 0), (6, 64, 64), (4, 64, 16)])
+@pytest.mark.parametrize(
+    ("v", "k", "r"), [(2, 16, 0), (4, 256, 0), (3, 256, 0), (6, 64, 64), (4, 64, 16), (7, 256, 256)]
+)
 def test_distortions_are_those_of_books(v: int, k: int, r: int) -> None:
     gen = torch.Generator().manual_seed(5)
     books = train_books(torch.randn(20000, v, generator=gen), torch.ones(20000), k, r, 10, 4, gen)
@@ -50,6 +53,34 @@ def test_choices_lie_on_a_convex_hull() -> None:
         c.layer.centroids <= 256 and not c.layer.residual_centroids
         for c in choices(LayerRecipe(), (576, 576), {True: 1.0}, few_books)
     )
+
+
+def test_books_of_bytes_take_no_more_on_a_gpu_than_on_disk() -> None:
+    """All of one kind, too, so that fused layers are looked up in one way."""
+    shapes = {name: (8 * out, 8 * columns) for name, (out, columns) in SHAPES.items()}
+    found, any_ = (allocate(LAYERS, shapes, even(), Recipe(bits=2.5, books=books)) for books in ("bytes", "any"))
+    assert {(layer.centroids, layer.residual_centroids) for layer in found.values()} == {(256, 256)}
+    assert len({layer.vector_length for layer in found.values()}) > 1  # bits in between are a mixture
+    specs, others = ({name: layer.spec(*shapes[name]) for name, layer in made.items()} for made in (found, any_))
+    assert 2.3 < total_bits(specs) <= 2.5
+    resident = resident_bits(specs)
+    assert resident["stationary"] == resident["aligned"] < 1.05 * resident["compact"]
+    assert resident["compact"] == pytest.approx(total_bits(specs), rel=0.02)
+    assert resident_bits(others)["stationary"] > 1.15 * total_bits(others)
+
+
+def test_what_a_gpu_holds_of_groups_and_outliers() -> None:
+    plain = LayerSpec(4096, 1024, 8, 256, 256, enable_norm=False)
+    split = replace(plain, group_num=4, enable_perm=True)
+    wide = replace(plain, in_features=4096 + 64, outlier_size=64, outlier_vector_len=2, num_outlier_centroids=256)
+    plain_bits, split_bits, wide_bits = (resident_bits({"a": spec}) for spec in (plain, split, wide))
+    books = 512 * 8 * 16 / (1024 * 4096)
+    assert split_bits["stationary"] == pytest.approx(plain_bits["stationary"] + 3 * books)
+    outliers = (4 + 256 * 2 * 16 / (1024 * 64)) * 64  # of a row of weights, in bits
+    assert wide_bits["compact"] == pytest.approx((plain_bits["compact"] * 4096 + outliers) / 4160)
+    assert wide_bits["stationary"] > wide_bits["compact"]  # few columns, padded
+    lists = resident_bits({"a": replace(plain, num_centroids=65536, num_res_centroids=0)})
+    assert lists["compact"] < lists["aligned"] * 1.01 < lists["stationary"]
 
 
 @few(40)

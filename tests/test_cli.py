@@ -91,7 +91,7 @@ def test_a_plan_takes_the_words_of_a_run(
     """Every word of its recipe, to the same recipe."""
     values = {"--preset": "balanced", "--recipe": tmp_path / "recipe.yaml", "--device": "cpu"}
     values |= {"--calibration": text_file, "--tokens": 4096, "--context": 128, "--seed": 3, "--finetune-steps": 2}
-    values |= {"--vector-length": 8, "--centroids": 16, "--residual-centroids": 0, "--bits": 5}
+    values |= {"--vector-length": 8, "--centroids": 16, "--residual-centroids": 0, "--bits": 5, "--books": "any"}
     commands: Any = typer.main.get_command(cli.app)
     run_, plan_ = ({o for p in commands.commands[c].params for o in p.opts if o[0] == "-"} for c in ("run", "plan"))
     assert run_ - plan_ == {"--out", "--ray"} and plan_ - set(values) == {"--trust-remote-code"}
@@ -108,6 +108,7 @@ def test_a_plan_takes_the_words_of_a_run(
     numbers = {name.strip("-").replace("-", "_"): value for name, value in values.items() if isinstance(value, int)}
     del numbers["finetune_steps"]
     assert recipes == [Recipe(**expected | numbers, device="cpu")] * 2
+    assert "bits a weight in a GPU's memory, by layout: " in out and " stationary" in out
 
 
 def test_a_plan_says_that_a_model_is_too_large(tied: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:

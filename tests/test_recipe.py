@@ -79,6 +79,7 @@ EVERYTHING = {
     "outlier_vector_length": 4,
     "outlier_centroids": 64,
     "bits": 2.5,
+    "books": "bytes",
     "largest_book": 512,
     "residual_books": False,
     "allocation": "uniform",

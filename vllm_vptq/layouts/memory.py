@@ -11,6 +11,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from vllm_vptq.format import LayerSpec
 from vllm_vptq.layouts.flat import alike
 from vllm_vptq.layouts.passes import COLUMNS_PER_LOAD, SLICE_ROWS, TILE_COLUMNS, books_of, slice_bits_of
 from vllm_vptq.layouts.work import Kind
@@ -44,6 +47,26 @@ def measure(shards: Sequence[ModuleShard], layouts: Sequence[str]) -> Layer:
     if ALIGNED in sizes and not any(_large(book) for segment in segments for book, _ in books_of(segment)):
         del sizes[ALIGNED]
     return Layer(weights, sizes)
+
+
+def module_of(spec: LayerSpec) -> ModuleShard:
+    """A whole module of a spec, for ``measure``: its indices take no memory here."""
+    outputs, columns = spec.shape
+
+    def segment(v: int, entries: int, residual: int, count: int) -> Segment:
+        bits, res_bits = entries.bit_length() - 1, max(residual, 1).bit_length() - 1
+        words = torch.empty(-(-outputs // v), -(-count * (bits + res_bits) // 32), dtype=torch.int32, device="meta")
+        book = torch.empty(entries, v, dtype=torch.float16)  # books are told apart by where they lie
+        res_book = torch.empty(residual, v, dtype=torch.float16) if residual else None
+        return Segment(v, bits, res_bits, count, 0, words, None, book, res_book)
+
+    segments = []
+    if spec.outlier_size:
+        segments.append(segment(spec.outlier_vector_len, spec.num_outlier_centroids, 0, spec.outlier_size))
+    for first in range(spec.outlier_size, columns, spec.group_size):
+        count = min(spec.group_size, columns - first)
+        segments.append(segment(spec.vector_len, spec.num_centroids, spec.num_res_centroids, count))
+    return ModuleShard(outputs, columns, tuple(segments))
 
 
 def distribute(layers: Sequence[Layer], budget: float) -> list[str]:
