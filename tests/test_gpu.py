@@ -43,6 +43,8 @@ FORMATS = {
     "v2-k256": dict(vector_len=2, num_centroids=256),
     "v3-k2048": dict(vector_len=3, num_centroids=2048),
     "v5-k256": dict(vector_len=5, num_centroids=256),
+    "v3-k256-256": dict(vector_len=3, num_centroids=256, num_res_centroids=256),
+    "v7-k256-256": dict(vector_len=7, num_centroids=256, num_res_centroids=256),
     "v5-k1024": dict(vector_len=5, num_centroids=1024),
     "v20-k512-4": dict(vector_len=20, num_centroids=512, num_res_centroids=4),
 }

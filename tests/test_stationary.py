@@ -68,6 +68,7 @@ FORMATS = {
     "v3-k2048": dict(vector_len=3, num_centroids=2048),
     "v5-k256": dict(vector_len=5, num_centroids=256),
     "v6-k4096": dict(vector_len=6, num_centroids=4096),
+    "v7-k256-256": dict(vector_len=7, num_centroids=256, num_res_centroids=256),
     "v12-k4096-64": dict(vector_len=12, num_centroids=4096, num_res_centroids=64),
     "v12-k65536": dict(vector_len=12, num_centroids=65536),
     "v16-k16384-32": dict(vector_len=16, num_centroids=16384, num_res_centroids=32),
@@ -187,6 +188,7 @@ def test_outputs_in_more_or_fewer_pieces(name):
         ("v12-k65536", Kind.FAR, 8, None),
         ("v8-k65536 v12-k65536", Kind.FAR, 8, None),
         ("v8-k256-256", Kind.BYTE_PAIRS, 0, None),
+        ("v8-k256-256 v7-k256-256", Kind.BYTE_PAIRS, 0, None),  # as --books bytes writes them
         ("v8-k8192 v6-k4096", Kind.SHORTS, 0, None),
         ("v2-k256 v5-k256", Kind.BYTES, 0, None),
         ("v2-k256 v3-k2048", Kind.DOT, 0, None),
