@@ -1,8 +1,9 @@
 """Perplexity over effective bits, a line for every method, from results of quality.py and scalar.py.
 
-    python benchmarks/plot_quality.py benchmarks/results/quality-DATE-MODEL.json docs/quality.svg
+    python benchmarks/plot_quality.py benchmarks/results/quality-DATE-MODEL.json [...] docs/quality.svg
 
-Of several rows of one method at one number of bits the last is taken.
+Of several files the rows are taken that have the model and the text of the first file's first row, as much of it and in
+windows as long. Of several rows of one method at one number of bits the last is taken.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 NAMES = {"rtn": "round to nearest", "gptq": "GPTQ (llm-compressor)"}
+EVALUATION = ("model", "text", "context", "tokens")
 
 
 def main() -> None:
     """Draws the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("out", type=Path)
     parser.add_argument("--most", type=float, default=16.0, help="perplexity times the original's at the top edge")
     arguments = parser.parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "vptq"  # or every drawing would differ in its ids
-    rows = [row for row in json.loads(arguments.results.read_text())["rows"] if "method" in row]
+    matplotlib.rcParams["svg.fonttype"] = "none"  # letters, not their outlines: a file of half the size
+    rows = [row for file in arguments.results for row in json.loads(file.read_text())["rows"] if "method" in row]
+    rows = [row for row in rows if all(row[name] == rows[0][name] for name in EVALUATION)]
     lines: dict[str, dict[float, float]] = defaultdict(dict)
     for row in rows:
         lines[row["method"]][row["effective_bits"]] = row["perplexity"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -74,23 +75,56 @@ CODED = MODEL | {"model": "v", "format": "v8-k256-256", "kind": "vptq", "layout"
                  "load_s": 11.6, "first_token_ms": 60.0}  # fmt: skip
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/serving.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/serving.md", "docs/kernels.md"])
 def test_documents_give_the_figures_of_the_results_they_link(document):
+    """All formats of the file that is linked first; of the one before it those that are still its own."""
     text = (ROOT / document).read_text()
-    name = re.search(r"results/(serving-[\w-]+\.json)", text)[1]
+    assert re.search(r"results/(serving-[\w-]+\.json)", text)[1] == "serving-2026-11-29-h200.json"
+    _figures_are_in(text, "serving-2026-11-29-h200.json", None)
+    assert "results/serving-2026-11-24-h200.json" in text
+    _figures_are_in(text, "serving-2026-11-24-h200.json", "v8-k65536-256")
+
+
+def _figures_are_in(text: str, name: str, format_name: str | None) -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
     rows = [
         row for row in results["rows"]
         if (row["shape"], row["dtype"], row["tp"]) == ("32 layers of 4096", "float16", 1)
         and row["layout"] in (None, "stationary") and row["batch"] in (1, 8, 32, 64)
     ]  # fmt: skip
-    assert rows
     dense = {row["batch"]: row["tokens_per_s"] for row in rows if row["kind"] == "dense"}
-    for row in rows:
+    chosen = [row for row in rows if format_name in (None, row["format"])]
+    assert chosen
+    for row in chosen:
         words = f"{row['tokens_per_s']:,.0f}"
         if row["kind"] != "dense":
             words += f" ({row['tokens_per_s'] / dense[row['batch']]:.2f}x)"
         assert words in text, (row["format"], row["batch"], words)
+
+
+@pytest.mark.parametrize(
+    ("norm", "dtype", "heading"),
+    [
+        (False, "float16", "bits a weight, resident | 1 token"),
+        (True, "float16", "1 token | 8 | 16 | 32 | 64 | 128 | 1024"),
+        (False, "bfloat16", "1 token | 8 | 16 | 64 | 1024"),
+    ],
+)
+def test_tables_of_kernels_give_geometric_means_of_the_rows(norm, dtype, heading):
+    results = json.loads((ROOT / "benchmarks" / "results" / "kernels-2026-11-29-h200.json").read_text())
+    rows = [r for r in results["rows"] if (r["norm"], r["dtype"], r["layout"]) == (norm, dtype, "stationary")]
+    table = (ROOT / "docs" / "kernels.md").read_text().partition(f"| format | {heading}")
+    assert table[2]
+    head, _, *lines = (table[1] + table[2]).partition("\n\n")[0].splitlines()
+    columns = [cell.strip().removesuffix(" token") for cell in head.split("|")]
+    assert len(lines) == len({row["format"] for row in rows})
+    for line in lines:
+        cells = dict(zip(columns, line.split("|"), strict=True))
+        for tokens in filter(str.isdigit, columns):
+            own = [r for r in rows if (r["format"], r["tokens"]) == (cells["format"].strip(), int(tokens))]
+            assert len(own) == 8
+            mean = math.exp(sum(math.log(r["dense_us"] / r["us"]) for r in own) / len(own))
+            assert f"{mean:.2f}" in cells[tokens], (cells["format"], tokens, mean)
 
 
 def test_serving_tables():
