@@ -1,6 +1,6 @@
 """Times the native CPU kernels against torch's dense bfloat16 product of the same shape.
 
-    python benchmarks/cpu.py [--threads N] [--formats 8-4096-0 ...] [--shapes 4096x4096 ...] [--tokens 1 4 ...]
+    python -m benchmarks.cpu [--threads N] [--formats 8-4096-0 ...] [--shapes 4096x4096 ...] [--tokens 1 4 ...]
 
 Prints a table and writes ``benchmarks/results/cpu-DATE.json``. A format is v-k-r, r = 0 without a residual book. Each
 instruction set is measured in a process of its own, with torch held to the same one. Times are the least of many runs.
@@ -59,7 +59,7 @@ def main() -> None:
             cpu.INSTRUCTION_SET: name,
             "OMP_NUM_THREADS": str(arguments.threads),
         }
-        command = [sys.executable, __file__, "--worker", *sys.argv[1:]]
+        command = [sys.executable, "-m", "benchmarks.cpu", "--worker", *sys.argv[1:]]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as worker:
             assert worker.stdout
             for line in worker.stdout:

@@ -32,7 +32,7 @@ def weights(shape: Shape, format_name: str) -> dict[str, int]:
         specs = [LayerSpec(inputs, outputs, *parse_format(format_name)) for outputs, inputs in sizes]
         layer = measure([module_of(spec) for spec in specs], LAYOUTS).nbytes
         layer.setdefault("aligned", layer["stationary"])
-        norms = sum(2 * 2 * inputs for _, inputs in sizes)
+        norms = sum(2 * 4 * inputs for _, inputs in sizes)
         for layout in LAYOUTS:
             total[layout] += shape.layers * (layer[layout] + norms)
     return {layout: size + unquantized(shape) for layout, size in total.items()}

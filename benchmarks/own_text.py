@@ -1,6 +1,6 @@
 """Text that a model writes itself, sampled from its opening token: where its own kind of text is hard to come by.
 
-python benchmarks/own_text.py MODEL OUT --sequences 512 --seed 7
+python -m benchmarks.own_text MODEL OUT --sequences 512 --seed 7
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Perplexity over effective bits, a line for every method, from results of quality.py and scalar.py.
 
-    python benchmarks/plot_quality.py benchmarks/results/quality-DATE-MODEL.json [...] docs/quality.svg
+    python -m benchmarks.plot_quality benchmarks/results/quality-DATE-MODEL.json [...] docs/quality.svg
 
 Of several files the rows are taken that have the model and the text of the first file's first row, as much of it and in
 windows as long. Of several rows of one method at one number of bits the last is taken.

@@ -1,6 +1,6 @@
 """What quantizing costs: perplexity before and after, and divergence, as one row of a dated JSON file.
 
-    python benchmarks/quality.py MODEL TEXT [--context 1024] [--tokens 40960] [vptq-quantize run options ...]
+    python -m benchmarks.quality MODEL TEXT [--context 1024] [--tokens 40960] [vptq-quantize run options ...]
 
 Writes ``benchmarks/results/quality-DATE-MODEL.json`` with the machine, the versions and the recipe; a second run on the
 same day adds its row. ``--table`` prints the rows of such files as a Markdown table. Many rows at once on a GPU:

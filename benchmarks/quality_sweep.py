@@ -1,6 +1,6 @@
 """Many rows of quality.py, several at a time on one GPU, which a small model does not fill.
 
-    python benchmarks/quality_sweep.py MODEL TEXT --calibration FILE --row best:2.25 --row paper:2 --workers 6
+    python -m benchmarks.quality_sweep MODEL TEXT --calibration FILE --row best:2.25 --row paper:2 --workers 6
 
 A row is ``PRESET:BITS``, with options of the recipe as JSON behind another colon if there are any:
 ``'best:2.25:{"finetune": {"steps": 100}}'``. Rows are begun in the order given, each is written as soon as it is done,
@@ -22,9 +22,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from quality import RESULTS, result, results_path, save
 from rich.console import Console
 
+from benchmarks.quality import RESULTS, result, results_path, save
 from quantize.pipeline import quantize_model
 from quantize.recipe import Recipe
 from quantize.report import Report

@@ -1,7 +1,7 @@
 """What quantizing takes: one block of a known model, with random weights and activations, through the real pipeline.
 
-    python benchmarks/quantize_speed.py --shape Llama-3.1-8B --format v8-k65536 --preset fast
-    python benchmarks/quantize_speed.py --shape Llama-3.1-70B --bits 2.25 --tokens 32768 --context 2048 --check
+    python -m benchmarks.quantize_speed --shape Llama-3.1-8B --format v8-k65536 --preset fast
+    python -m benchmarks.quantize_speed --shape Llama-3.1-70B --bits 2.25 --tokens 32768 --context 2048 --check
 
 Weights are Gaussian with columns of different size and one weight in ten thousand eight times as large; activations
 start from embeddings with few common directions and a few large channels. Times hardly depend on them; errors are those
@@ -30,8 +30,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.shapes import SHAPES, Shape
 from quantize import native

@@ -1,7 +1,7 @@
 """Scalar quantization beside ours, on the same text: round-to-nearest and GPTQ, both by llm-compressor.
 
     pip install llmcompressor        # in an environment of its own: it asks for versions of its own
-    python benchmarks/scalar.py MODEL TEXT --method gptq --bits 2 --group 96 --calibration FILE
+    python -m benchmarks.scalar MODEL TEXT --method gptq --bits 2 --group 96 --calibration FILE
 
 Integers with a scale and a zero for every group of inputs. Effective bits count them as the usual formats store them, a
 scale in 16 bits and a zero in as many as the weights: ``bits + (16 + bits) / group``. Adds a row to the results of
@@ -19,9 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from quality import RESULTS, save
 from torch import nn
 
+from benchmarks.quality import RESULTS, save
 from quantize.calibration import calibration_tokens
 from quantize.evaluate import evaluation_text, load_any, score
 from quantize.recipe import Recipe

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from quantize.errors import QuantizeError
 from vllm_vptq.specs import MAX_CENTROIDS, MAX_VECTOR, MIN_VECTOR, LayerSpec
@@ -183,6 +183,15 @@ class Recipe(LayerRecipe):
     seed: int = Field(0, ge=0, lt=1 << 63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @model_validator(mode="after")
+    def _books_of_bytes(self) -> Recipe:
+        if self.books == "bytes":
+            if self.bits is None:
+                raise ValueError("books bytes are for bits; give some")
+            if not self.residual_books or self.largest_book < 256:
+                raise ValueError("books bytes are pairs of 256; leave residual_books and largest_book as they are")
+        return self
+
     def layer(self, name: str) -> LayerRecipe | None:
         """What to do with a module; None to leave it dense."""
         fields = {key: getattr(self, key) for key in LayerRecipe.model_fields}
@@ -228,8 +237,9 @@ class Recipe(LayerRecipe):
             return cls(**data)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise QuantizeError(f"recipe: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+            where = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
+            what = first["msg"].removeprefix("Value error, ")
+            raise QuantizeError(f"recipe: {where}: {what}" if where else f"recipe: {what}") from error
 
 
 _PAPER = {"perm": True, "algorithm": "vptq", "activations": "original", "candidates": 1, "iterations": 100, "rounds": 0}

@@ -79,7 +79,7 @@ EVERYTHING = {
     "outlier_vector_length": 4,
     "outlier_centroids": 64,
     "bits": 2.5,
-    "books": "bytes",
+    "books": "any",
     "largest_book": 512,
     "residual_books": False,
     "allocation": "uniform",
@@ -113,6 +113,17 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     assert recipe.finetune_blocks == BlockTuning(steps=4, rate=0.25)
     assert recipe.finetune == Finetuning(steps=5, rate=0.5, tokens=64)
     assert recipe.rules == (Rule(match="a.*", skip=True), Rule(match="b", norm=True, vector_length=16))
+
+
+def test_books_of_bytes_go_with_bits_and_with_nothing_else_about_books(tmp_path: Path) -> None:
+    assert load(tmp_path, {"bits": 2.5, "books": "bytes"}).books == "bytes"
+    for more, expected in (
+        ({}, "recipe: books bytes are for bits"),
+        ({"bits": 2.5, "residual_books": False}, "recipe: books bytes are pairs of 256; leave residual_books"),
+        ({"bits": 2.5, "largest_book": 128}, "recipe: books bytes are pairs of 256"),
+    ):
+        with pytest.raises(QuantizeError, match=expected):
+            load(tmp_path, {"books": "bytes"} | more)
 
 
 def test_a_recipe_survives_being_written(tmp_path: Path) -> None:
@@ -252,6 +263,7 @@ BAD = [
     ("bits", 0.5),
     ("bits", 9),
     ("bits", "two"),
+    ("books", "words"),
     ("allocation", "fair"),
     ("activations", "none"),
     ("guided", -1),
