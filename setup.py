@@ -20,6 +20,19 @@ sys.path.insert(0, str(ROOT))
 from vllm_vptq.build import BuildError, cuda, plain_cuda, toolkit  # noqa: E402
 
 
+def say_later(what: str, error: Exception) -> None:
+    print(f"vllm-vptq: {what} will be built at first use ({error})", file=sys.stderr)
+
+
+def build_optional(found: toolkit.Toolkit, csrc: Path, target: Path, names: tuple[str, ...]) -> None:
+    """The quantizer's libraries, into the package: an installation without them is whole."""
+    for source in plain_cuda.source_files(csrc):
+        try:
+            plain_cuda.install(found, source, target, names)
+        except BuildError as error:
+            say_later(f"CUDA library {source.stem}", error)
+
+
 def ahead_of_time() -> dict[str, Any]:
     """What ``setup`` needs to build the extension; nothing where that is not possible."""
     try:
@@ -29,7 +42,7 @@ def ahead_of_time() -> dict[str, Any]:
             return {}
         found = toolkit.fitting_toolkit(torch.version.cuda)
     except (ImportError, BuildError) as error:
-        print(f"vllm-vptq: CUDA kernels will be built at first use ({error})", file=sys.stderr)
+        say_later("CUDA kernels", error)
         return {}
     # Before torch's builder is imported, which looks for the toolkit in its own way.
     os.environ["CUDA_HOME"] = str(found.root)
@@ -45,8 +58,7 @@ def ahead_of_time() -> dict[str, Any]:
             super().run()
             target = Path(self.get_ext_fullpath(extension.name)).parent
             (target / cuda.MANIFEST).write_text(cuda.manifest(ROOT / "csrc", names))
-            for source in plain_cuda.source_files(ROOT / "csrc"):
-                plain_cuda.install(found, source, target, names)
+            build_optional(found, ROOT / "csrc", target, names)
 
     extension = CUDAExtension(
         "vllm_vptq._C",

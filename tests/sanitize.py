@@ -2,7 +2,8 @@
 
 ``scripts/sanitize.sh`` starts it, under memcheck and under racecheck. ``--list`` prints each family, the names of its
 kernels and what it runs; ``--build`` compiles the kernels, so that no run under the sanitizer waits for nvcc. Results
-are compared with float64 on the way. Exit code 2 without a GPU, 4 where the GPU has no such kernels.
+are compared on the way: with float64, and the search's with torch's. Exit code 2 without a GPU, 4 where the GPU has no
+such kernels.
 
 Nothing here calls cuBLAS's product in 16 bits: under racecheck that kernel ends in an illegal access of its own,
 watched or not (an H200, CUDA 13.0). So weights are decoded without the product that follows in a model.
@@ -13,10 +14,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 
 from quantize import native
+from quantize.columns import code_block_torch, sweep_block_torch
+from quantize.kmeans import Books, assign_torch
 from tests.strategies import spec_extras
 from tests.test_gpu import DEVICE, Layer, poison, rms
 from vllm_vptq import gpu
@@ -166,19 +170,34 @@ def check(layer: Layer, count: int) -> None:
     assert error <= bound, (error, bound)
 
 
-def search() -> None:
-    """The quantizer's search for centroids: of points, and in a block of columns, which is coded and swept."""
+def search(device: torch.device = DEVICE) -> None:
+    """The quantizer's search for centroids: of points, and in a block of columns, which is coded and swept.
+
+    AssertionError if it finds others than torch does.
+    """
     for v, k, r in BOOKS:
         print(f"v {v} k {k} r {r}", flush=True)
-        main = torch.randn(k, v, device=DEVICE)
-        residual = torch.randn(r, v, device=DEVICE) / 3 if r else None
-        native.assign(torch.randn(300, v, device=DEVICE), main, residual, 4)
-        block = torch.randn(6, 70, v, device=DEVICE)
-        matrix = (torch.randn(6, 6, device=DEVICE) / 20 + 2 * torch.eye(6, device=DEVICE)).triu()
-        codes = [torch.zeros(6, 70, dtype=torch.int64, device=DEVICE) for _ in range(2)]
-        for step in (native.code_block, native.sweep_block):
-            step(block, matrix, main, residual, 4, (codes[0], codes[1] if r else None))
-    torch.cuda.synchronize()
+        books = Books(random(k, v).to(device), random(r, v).to(device) / 3 if r else None)
+        points = random(300, v).to(device)
+        pairs = (native.assign(points, books.main, books.residual, 4), assign_torch(points, books, 4))
+        found, least = ((points - books.decode(*pair)).square().sum(1) for pair in pairs)
+        torch.testing.assert_close(found, least, rtol=1e-4, atol=1e-5)
+        block, matrix = random(6, 70, v).to(device), (random(6, 6) / 20 + 2 * torch.eye(6)).triu().to(device)
+        start = torch.zeros(6, 70, dtype=torch.int64, device=device)
+        one, two = ((start.clone(), start.clone() if r else None) for _ in range(2))
+        for ours, torchs in ((native.code_block, code_block_torch), (native.sweep_block, sweep_block_torch)):
+            result = ours(block, matrix, books.main, books.residual, 4, one)
+            with patch("quantize.columns.assign", assign_torch):  # which would take the compiled search
+                expected = torchs(block, matrix, books, 4, *two)
+            apart = (result - expected).abs().amax((0, 2)) > 1e-3
+            for mine, its in zip(one[: 2 if r else 1], two, strict=False):
+                apart |= (mine != its).any(0)
+            # A vector between two centroids may go either way, and takes those behind it in its row along.
+            assert apart.float().mean() < 0.1, f"{ours.__name__}: {int(apart.sum())} of 70 rows are not torch's"
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def main(words: Sequence[str]) -> int:

@@ -6,12 +6,15 @@ import ctypes
 import errno
 import multiprocessing
 import os
+import runpy
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from tests.fake_cuda import FakeMachine, script
@@ -19,6 +22,7 @@ from vllm_vptq.build import BuildError, cache, cpu, cuda, plain_cuda
 from vllm_vptq.build.errors import first_error
 from vllm_vptq.build.toolkit import find_toolkit, gencode, parse_architectures, runs_on
 
+ROOT = Path(__file__).parent.parent
 pytest_plugins = ("tests.fake_cuda_fixtures",)
 fork = multiprocessing.get_context("fork")  # the children keep what a test patched
 
@@ -288,11 +292,39 @@ def test_plain_library_of_the_installation_that_does_not_fit(
     machine.gpus((8, 6))
     assert plain_cuda.locate("assign").ahead_of_time
     monkeypatch.setattr(torch, "__version__", "9.9")
-    assert "this is 9.9" in plain_cuda.locate("assign").passed_over
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    assert plain_cuda.locate("assign").ahead_of_time, "it uses nothing of torch"
+    monkeypatch.setattr(torch.version, "cuda", "14.0")
+    machine.toolkit("14.0")
+    assert plain_cuda.locate("assign").passed_over == "built for CUDA 13, this is 14"
     source.write_text("changed")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     with pytest.raises(BuildError, match="CUDA_HOME is /nowhere"):
         plain_cuda.locate("assign")
+
+
+def test_plain_library_for_a_gpu_that_nvcc_does_not_know(machine: FakeMachine) -> None:
+    machine.gpus((9, 0), (10, 3))
+    with pytest.raises(BuildError, match=r"CUDA 13.0 in .* cannot build for 10.3a; install a newer"):
+        plain_cuda.locate("assign")
+
+
+def test_installing_goes_on_without_the_plain_library(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as no_cuda:
+        no_cuda.setattr(torch.version, "cuda", None)
+        no_cuda.setattr(setuptools, "setup", lambda **_: None)
+        no_cuda.setattr(sys, "path", [*sys.path])
+        build_optional = runpy.run_path(str(ROOT / "setup.py"))["build_optional"]
+    toolkit = find_toolkit()
+    build_optional(toolkit, machine.source, machine.package, ("9.0a",))
+    assert plain_cuda.locate("assign").ahead_of_time and not capsys.readouterr().err
+    script(toolkit.nvcc, "#!/bin/sh\necho 'assign.cu(3): error: too much'\nexit 1\n")
+    build_optional(toolkit, machine.source, machine.folder, ("9.0a",))
+    said = f"CUDA library assign will be built at first use ({toolkit.nvcc} could not build assign.cu: assign.cu(3): "
+    assert capsys.readouterr().err == f"vllm-vptq: {said}error: too much)\n"
+    assert not list(machine.folder.glob("assign-cuda*"))
 
 
 # Small tables.

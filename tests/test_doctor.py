@@ -158,6 +158,11 @@ def test_gpu(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
         ("0.33.9.post1", True),
         ("0.33.1.dev3+gabc", True),
         ("dev", True),
+        ("0.1.dev1+g12345", True),
+        ("0.1.dev0", True),
+        ("0.0.0", True),
+        ("0.1.0", False),
+        ("0.24.1.dev3+gabc", False),
         ("0.25.0", False),
         ("0.34.0rc1", False),
         ("0.34.0", False),
@@ -173,7 +178,7 @@ def test_vllm_that_the_plugin_does_not_take(
     if not taken:
         assert named["vLLM"]["value"] == f"{version}, for GPUs; this plugin takes >=0.25.1,<0.34"
         assert verdicts["Fake GPU"]["remedies"] == ["pip install 'vllm>=0.25.1,<0.34'"]
-    install(monkeypatch, f"{version}+cpu")
+    install(monkeypatch, f"{version}{'.' if '+' in version else '+'}cpu")
     assert facts()[2]["CPU"]["serves"] is taken
 
 

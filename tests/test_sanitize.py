@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantize import native
 from tests import sanitize
 from tests.packers import Plan, flat
 from tests.shards import CPU, fused_layer
@@ -84,6 +86,29 @@ def test_prepare_and_decode_are_reached():
     assert max(few) >= 8, "no sums of so many pieces that several threads add them up"
 
 
+def test_the_search_is_compared_with_torchs(monkeypatch: pytest.MonkeyPatch):
+    sanitize.search(CPU)
+    for name in ("assign", "code_block", "sweep_block"):
+        with monkeypatch.context() as broken:
+            broken.setattr(native, name, nothing_after(getattr(native, name)))
+            with pytest.raises(AssertionError):
+                sanitize.search(CPU)
+
+
+def nothing_after(function):
+    """Finds the first of its centroids for the last fifth of all rows or points."""
+
+    @functools.wraps(function)
+    def broken(*arguments):
+        result = function(*arguments)
+        for codes in arguments[-1] if isinstance(arguments[-1], tuple) else result:
+            if codes is not None:
+                codes[..., -codes.shape[-1] // 5 :] = 0
+        return result
+
+    return broken
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The script
 
@@ -93,6 +118,7 @@ case "$*" in
   *"memcheck"*wide) echo "========= Invalid __global__ read of size 4"; exit 99 ;;
   *"memcheck"*sliced) sleep 60 ;;
   *"memcheck"*decode) exit 4 ;;
+  *"memcheck"*packing) kill -9 $$ ;;
   *"memcheck"*assign) exit 0 ;;
   *"memcheck"*single) echo "RuntimeError: [broken]"; exit 1 ;;
   *"memcheck"*) echo "========= ERROR SUMMARY: 0 errors" ;;
@@ -139,6 +165,7 @@ def test_the_table_says_how_each_run_ended(environment: dict[str, str], tmp_path
         "wide": "found errors",
         "sliced": "over 2 s",
         "decode": "not on this GPU",
+        "packing": "killed",
         "assign": "no summary",
         "single": "failed (1)",
     }
@@ -157,6 +184,14 @@ def test_families_and_a_tool_can_be_chosen(environment: dict[str, str]):
     assert done.returncode == 0, done.stdout + done.stderr
     assert rows(done.stdout) == {("wide", "racecheck"): "clean", ("packing", "racecheck"): "clean"}
     assert "error: no family wid; --list shows them" in call(environment, "wid").stderr
+
+
+def test_kernels_that_the_gpu_lacks_are_left_out_but_not_all(environment: dict[str, str]):
+    some = call(environment, "--tool", "memcheck", "decode", "finish")
+    assert some.returncode == 0, some.stdout + some.stderr
+    assert rows(some.stdout) == {("decode", "memcheck"): "not on this GPU", ("finish", "memcheck"): "clean"}
+    none = call(environment, "--tool", "memcheck", "decode")
+    assert none.returncode == 1 and "error: nothing was watched: this GPU has no kernels of these" in none.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -29,7 +29,7 @@ from vllm_vptq.build.toolkit import (
     architecture,
     fitting_toolkit,
     runs_on,
-    supported,
+    targets,
 )
 
 NAME = "vllm_vptq_cuda"
@@ -87,7 +87,7 @@ def locate() -> Extension:
         raise BuildError(f"torch {torch.__version__} has no CUDA; install vLLM's package for GPUs, which brings one")
     present = gpus()
     library = next(package().glob("_C*.so"), None)
-    ahead, passed_over = installed(library, package() / MANIFEST, fingerprint(sources()), present)
+    ahead, passed_over = installed(library, package() / MANIFEST, fingerprint(sources()), _made_for(), present)
     if ahead:
         return ahead
     if not source_files(sources()):
@@ -98,11 +98,7 @@ def locate() -> Extension:
     except BuildError as error:
         # Whoever built a library when installing wants to know first why that one is not used.
         raise BuildError(f"the installed kernels were {passed_over}; {error}" if passed_over else str(error)) from None
-    names = tuple(architecture(gpu) for gpu in present)
-    if unknown := set(names) - set(supported(toolkit, names)):
-        raise BuildError(
-            f"CUDA {toolkit.version} in {toolkit.root} cannot build for {', '.join(unknown)}; install a newer"
-        )
+    names = targets(toolkit, present)
     name = key(
         fingerprint(sources()),
         *(torch.__version__, torch.version.cuda, toolkit.version, compiler_version()),
@@ -130,28 +126,35 @@ def fingerprint(source: Path) -> str:
 
 def manifest(source: Path, architectures: tuple[str, ...]) -> str:
     """What ``setup.py`` writes beside the extension that it builds."""
-    return describe(fingerprint(source), architectures)
+    return describe(fingerprint(source), _made_for(), architectures)
 
 
-def describe(built_from: str, architectures: tuple[str, ...]) -> str:
-    """What ``setup.py`` writes beside a library: the name of its sources, this torch, and what it was built for."""
+def _made_for() -> tuple[str, str]:
     import torch
 
-    return json.dumps({"sources": built_from, "torch": torch.__version__, "architectures": architectures}, indent=1)
+    # A library for another torch may load all the same, and crash later.
+    return "torch", torch.__version__
+
+
+def describe(built_from: str, made_for: tuple[str, str], architectures: tuple[str, ...]) -> str:
+    """What ``setup.py`` writes beside a library: the name of its sources, what it needs, and the GPUs it is for.
+
+    ``made_for`` names what must be of the same version where the library is used, and that version.
+    """
+    needs, version = made_for
+    return json.dumps({"sources": built_from, needs: version, "architectures": architectures}, indent=1)
 
 
 def installed(
-    library: Path | None, description: Path, built_from: str, present: list[Capability]
+    library: Path | None, description: Path, built_from: str, made_for: tuple[str, str], present: list[Capability]
 ) -> tuple[Extension | None, str]:
     """The library that ``setup.py`` built, if there is one that fits; else why it is passed over."""
-    import torch
-
     if library is None or not (library.exists() and description.exists()):
         return None, ""
     made = json.loads(description.read_text())
-    # A library for another torch may load all the same, and crash later.
-    if made["torch"] != torch.__version__:
-        return None, f"built for torch {made['torch']}, this is {torch.__version__}"
+    needs, version = made_for
+    if (found := made.get(needs, "unknown")) != version:
+        return None, f"built for {needs} {found}, this is {version}"
     if made["sources"] != built_from:
         return None, "built from other sources"
     names = tuple(made["architectures"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm_vptq.build.cache import build_once, contents, folder, key, logger, package, sources
 from vllm_vptq.build.cuda import Extension, describe, gpus, installed
 from vllm_vptq.build.errors import BuildError, first_error
-from vllm_vptq.build.toolkit import NVCC_FLAGS, Toolkit, architecture, fitting_toolkit, gencode
+from vllm_vptq.build.toolkit import NVCC_FLAGS, Toolkit, fitting_toolkit, gencode, targets
 
 
 @cache
@@ -31,10 +31,12 @@ def locate(name: str) -> Extension:
     if torch.version.cuda is None:
         raise BuildError(f"torch {torch.__version__} has no CUDA; install one for GPUs")
     present, source = gpus(), _source(name)
-    ahead, passed_over = installed(*_installed_files(package(), name), _fingerprint(source), present)
+    made_for = _made_for(torch.version.cuda)
+    ahead, passed_over = installed(*_installed_files(package(), name), _fingerprint(source), made_for, present)
     if ahead:
         return ahead
-    toolkit, names = fitting_toolkit(torch.version.cuda), tuple(architecture(gpu) for gpu in present)
+    toolkit = fitting_toolkit(torch.version.cuda)
+    names = targets(toolkit, present)
     target = folder() / f"{name}-cuda-{key(contents([source]), toolkit.version, *NVCC_FLAGS, *names)}.so"
     return Extension(target, names, False, toolkit, passed_over)
 
@@ -61,7 +63,7 @@ def install(toolkit: Toolkit, source: Path, target: Path, architectures: tuple[s
     """Builds a library from one file into a package that is being installed, and leaves beside it what it is."""
     library, description = _installed_files(target, source.stem)
     compile_library(toolkit, source, library, architectures)
-    description.write_text(describe(_fingerprint(source), architectures))
+    description.write_text(describe(_fingerprint(source), _made_for(toolkit.version), architectures))
 
 
 def compile_library(toolkit: Toolkit, source: Path, target: Path, architectures: tuple[str, ...]) -> Path:
@@ -77,6 +79,11 @@ def compile_library(toolkit: Toolkit, source: Path, target: Path, architectures:
 
 def _source(name: str) -> Path:
     return sources() / "quantize" / f"{name}.cu"
+
+
+def _made_for(cuda: str) -> tuple[str, str]:
+    # Any torch will do, as the library uses none of it; but what another major CUDA built asks for a newer driver.
+    return "CUDA", cuda.split(".")[0]
 
 
 def _fingerprint(source: Path) -> str:

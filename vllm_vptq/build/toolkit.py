@@ -100,6 +100,17 @@ def supported(toolkit: Toolkit, architectures: Iterable[str]) -> tuple[str, ...]
     return tuple(name for name in architectures if f"compute_{_digits(name).rstrip('a')}" in known)
 
 
+def targets(toolkit: Toolkit, present: Sequence[Capability]) -> tuple[str, ...]:
+    """The architectures to compile for these GPUs; BuildError if this nvcc does not know one of them."""
+    names = tuple(architecture(gpu) for gpu in present)
+    known = supported(toolkit, names)
+    if unknown := [name for name in names if name not in known]:
+        raise BuildError(
+            f"CUDA {toolkit.version} in {toolkit.root} cannot build for {', '.join(unknown)}; install a newer"
+        )
+    return names
+
+
 def gencode(architectures: Iterable[str]) -> list[str]:
     """nvcc's options for architectures like ``8.0``, ``9.0a`` and ``12.0+PTX``."""
     flags = []

@@ -59,9 +59,11 @@ def vllm_version() -> str | None:
 def vllm_fact(version: str | None, kind: str | None = None) -> Fact:
     """Whether the installed vLLM is one that this plugin takes, and runs on ``kind``, ``CPUs`` or ``GPUs``, if given.
 
-    A version that does not begin with two numbers, as some builds from source have it, is not judged.
+    Versions that some builds from source have are not judged: those that do not begin with two numbers, and those that
+    say that no tag was found (``0.1.dev1+g12345``).
     """
-    runs_on = "CPUs" if version and "+cpu" in version else "GPUs"
+    # A build for CPUs from between two tags is 0.33.1.dev3+gabc.cpu.
+    runs_on = "CPUs" if version and re.search(r"\+(.*\.)?cpu", version) else "GPUs"
     cure = _install(kind or runs_on)
     if version is None:
         return Fact("vLLM", "not installed", False, cure if kind else f"{cure}, or {_install('CPUs')}")
@@ -78,6 +80,8 @@ def _install(kind: str) -> str:
 
 
 def _taken(version: str) -> bool:
+    if re.match(r"0\.(0|1\.dev)", version):  # what setuptools_scm calls a checkout without tags or without git
+        return True
     numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
     return numbers is None or OLDEST_VLLM <= tuple(int(number or 0) for number in numbers.groups()) < FIRST_BEYOND
 
