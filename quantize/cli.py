@@ -43,7 +43,8 @@ _Residual = Annotated[int | None, typer.Option(help="Residual codebook, 0 for no
 _Calibration = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text file, .jsonl of conversations, datasets NAME[:CONFIG] or self; @WEIGHT for several [self]."
+        help="Text file, .jsonl of conversations, datasets NAME[:CONFIG[:SPLIT]], the split being train if none is "
+        "given, or self; @WEIGHT for several [self]."
     ),
 ]
 _Tokens = Annotated[int | None, typer.Option(help="Calibration tokens [16384].")]
