@@ -31,6 +31,7 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.limits import Limits, Work
 from vllm_vptq import reference
+from vllm_vptq.bench import checkout
 from vllm_vptq.build import cuda_extension
 from vllm_vptq.format import VPTQFormatError, parse_format
 from vllm_vptq.layouts import choice, compact, memory
@@ -197,7 +198,7 @@ def measure(arguments: argparse.Namespace, save: Callable[[Rows], None]) -> Rows
     gen = torch.Generator("cuda").manual_seed(0)
     dense: dict[tuple[int, int, int], float] = {}
     rows: Rows = []
-    limits, commit = Limits.of(torch.cuda.get_device_properties(0)), record.commit()
+    limits, commit = Limits.of(torch.cuda.get_device_properties(0)), checkout.commit() or "unknown"
     print(
         f"{'format':18} {'layer':12} {'layout':10}  bits tokens       us    dense      x   Tw/s % mem % gather    error"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,6 @@ Rows = list[dict[str, Any]]
 def path(benchmark: str, date: str, gpu: str) -> Path:
     """``kernels-2026-11-24-h200.json`` of ``NVIDIA H200``."""
     return RESULTS / f"{benchmark}-{date}-{gpu.removeprefix('NVIDIA ').split()[0].lower()}.json"
-
-
-def commit() -> str:
-    """The commit that is measured, with a ``+`` if files differ from it; ``unknown`` outside of a repository."""
-    try:
-        said = [
-            subprocess.run(["git", *words], cwd=RESULTS, capture_output=True, text=True, check=True).stdout
-            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return said[0].strip() + "+" * bool(said[1].strip())
 
 
 def add(file: Path, about: dict[str, Any], rows: Rows, key: tuple[str, ...]) -> None:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks import record, trace
 from vllm_vptq import compat
-from vllm_vptq.bench import worker
+from vllm_vptq.bench import checkout, worker
 from vllm_vptq.bench.settings import BenchError, Contestant, Settings
 from vllm_vptq.doctor import machine
 from vllm_vptq.format import VPTQFormatError
@@ -140,7 +140,7 @@ def run(folder: Path, settings: Settings, out: Path | None, console: Console) ->
     if not machine.gpus():
         raise BenchError("a step is profiled on a GPU, and torch sees none here (vllm-vptq doctor says why)")
     engine = worker.Engine(str(folder), model.load_format, settings)
-    rows, commit = [], record.commit()
+    rows, commit = [], checkout.commit() or "unknown"
     for event in worker.measure(settings, engine.seconds):
         batch = event["batch"]
         row = {

@@ -99,12 +99,13 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 
 def _dataset_rows(name: str) -> Iterator[Row]:
-    """A data set's training split, ``NAME`` or ``NAME:CONFIG``."""
+    """A data set's split, ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT``; what is empty is the default."""
     from datasets import load_dataset
 
-    path, _, config = name.partition(":")
+    path, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
     try:
-        yield from load_dataset(path, config or None, split="train", streaming=True)
+        yield from load_dataset(path, config or None, split=split or "train", streaming=True)
     except Exception as error:  # whatever the hub client raises, from HTTP errors to missing files
         reason = (str(error).splitlines() or [""])[0]
         raise QuantizeError(

@@ -43,7 +43,8 @@ _Residual = Annotated[int | None, typer.Option(help="Residual codebook, 0 for no
 _Calibration = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text file, .jsonl of conversations, datasets NAME[:CONFIG] or self; @WEIGHT for several [self]."
+        help="Text file, .jsonl of conversations, datasets NAME[:CONFIG[:SPLIT]], the split being train if none is "
+        "given, or self; @WEIGHT for several [self]."
     ),
 ]
 _Tokens = Annotated[int | None, typer.Option(help="Calibration tokens [16384].")]
@@ -51,6 +52,7 @@ _Context = Annotated[int | None, typer.Option(help="Tokens in a calibration sequ
 _Steps = Annotated[int | None, typer.Option(help="Training end to end, 0 for none [what the recipe says].")]
 _Seed = Annotated[int | None, typer.Option(help="Same seed, same files [0].")]
 _Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")]
+_Revision = Annotated[str | None, typer.Option(help="The model's branch, tag or commit on the hub [main].")]
 _Trust = Annotated[
     bool,
     typer.Option(
@@ -79,6 +81,7 @@ def run(
     ray: Annotated[
         str | None, typer.Option(help="Code layers on a Ray cluster: its address, auto or local (extra ray).")
     ] = None,
+    revision: _Revision = None,
     trust_remote_code: _Trust = False,
 ) -> None:
     """Quantizes the linear layers of a decoder and writes a checkpoint for vLLM.
@@ -113,7 +116,7 @@ def run(
     cluster = Cluster(ray) if ray else None
     started = time.perf_counter()
     with Report(_console) as report:
-        plan = quantize_model(model, out, chosen, report, cluster, trust_remote_code)
+        plan = quantize_model(model, out, chosen, report, cluster, trust_remote_code, revision)
     seconds = time.perf_counter() - started
     _console.print(f"{out}: {plan.bits:.2f} effective bits a weight, {seconds:.0f} s. Serve it with:", markup=False)
     _console.print(f"  vllm serve {out}", markup=False)
@@ -222,6 +225,7 @@ def plan(
     finetune_steps: _Steps = None,
     seed: _Seed = None,
     device: _Device = None,
+    revision: _Revision = None,
     trust_remote_code: _Trust = False,
 ) -> None:
     """Says what a run would do, without weights or work: layers, bits, bytes, an estimate of time and memory.
@@ -249,7 +253,7 @@ def plan(
         device=device,
     )
     first = choose_devices(chosen.device)[0]
-    loaded = load_shapes(model, trust_remote_code)
+    loaded = load_shapes(model, trust_remote_code, revision)
     made = planned(loaded, chosen)
     _console.print(table(made))
     if note := left_dense_note(decoder_blocks(loaded)):

@@ -27,7 +27,8 @@ from vllm_vptq.format import (
 
 _INDEX = "model.safetensors.index.json"
 VERSIONS = "vptq_versions.json"
-"""Of what made a checkpoint, by package."""
+"""Of what made a checkpoint, by package; and if the model was on the hub, its commit."""
+REVISION = "revision"
 
 
 class Exporter:

@@ -22,42 +22,57 @@ _ON_DEVICE = 2 << 30
 """Bytes of hidden states that may stay on a GPU, of all batches."""
 
 
-def load(model: str, trust: bool = False) -> tuple[nn.Module, Any]:
+def load(model: str, trust: bool = False, revision: str | None = None) -> tuple[nn.Module, Any]:
     """A causal language model in its own dtype, and its tokenizer; QuantizeError if either can't be loaded.
 
     Weights stay in their files, mapped into memory, until they are used; whoever changes them must replace them.
-    ``trust`` allows code that the model brings along to run.
+    ``trust`` allows code that the model brings along to run. ``revision`` is a branch, tag or commit on the hub.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with loading(model):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+    with loading(model, revision):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust, revision=revision)
         if any(getattr(config, key, None) for key in ("quantization_config", "quant_config")):
             raise QuantizeError(f"model {model} is quantized already; start from the original")
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust, revision=revision)
         loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto", low_cpu_mem_usage=True, trust_remote_code=trust
+            model, dtype="auto", low_cpu_mem_usage=True, trust_remote_code=trust, revision=revision
         )
     return loaded.eval(), tokenizer
 
 
-def load_shapes(model: str, trust: bool = False) -> nn.Module:
+def load_shapes(model: str, trust: bool = False, revision: str | None = None) -> nn.Module:
     """A causal language model without its weights, on the device ``meta``: shapes and dtypes only."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with loading(model):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+    with loading(model, revision):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust, revision=revision)
         with torch.device("meta"):
             shapes: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     return shapes
 
 
+def commit_of(model: str, revision: str | None) -> str | None:
+    """The commit on the hub that a model was loaded from; None for a directory."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).exists():
+        return None
+    file = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else revision
+
+
 @contextlib.contextmanager
-def loading(model: str) -> Iterator[None]:
-    """Turns what transformers and safetensors raise for a model that can't be loaded into one line."""
+def loading(model: str, revision: str | None = None) -> Iterator[None]:
+    """Turns what transformers and safetensors raise for a model that can't be loaded into one line.
+
+    QuantizeError for a ``revision`` of a directory, too, which transformers would ignore.
+    """
     from transformers.utils import logging
 
     if Path(model).exists():
+        if revision is not None:
+            raise QuantizeError(f"--revision {revision}: {model} is a directory, and only the hub has revisions")
         logging.disable_progress_bar()  # of reading local files, which takes a moment; downloads keep theirs
     try:
         yield

@@ -18,8 +18,8 @@ from quantize.calibration import calibration_tokens, writes_itself
 from quantize.devices import Share, be_deterministic, choose_devices, resident
 from quantize.errors import QuantizeError
 from quantize.estimate import planned, too_large
-from quantize.export import Exporter
-from quantize.model import Block, decoder_blocks, first_inputs, load
+from quantize.export import REVISION, Exporter
+from quantize.model import Block, commit_of, decoder_blocks, first_inputs, load
 from quantize.moments import Weights, output_gradients
 from quantize.parts import Parts
 from quantize.plan import Plan, left_dense_note, make_plan
@@ -36,22 +36,29 @@ _MEASURED_TOKENS = 8192
 
 
 def quantize_model(
-    source: str, out: Path, recipe: Recipe, report: Report, cluster: Share | None = None, trust: bool = False
+    source: str,
+    out: Path,
+    recipe: Recipe,
+    report: Report,
+    cluster: Share | None = None,
+    trust: bool = False,
+    revision: str | None = None,
 ) -> Plan:
     """Quantizes a model and writes the checkpoint to ``out``; see ``Recipe`` for what can be chosen.
 
     Layers are coded on this machine's devices, or where the ``cluster`` has its jobs done, to the same bits.
     A run into the ``out`` of a killed one with the same model and recipe goes on where that stopped. ``trust`` allows
-    code that the model brings along to run.
+    code that the model brings along to run; ``revision`` is the model's on the hub.
     """
     devices = choose_devices(recipe.device)
     if cluster is None:
         native.prepare(devices[0])
     be_deterministic()
     versions = {name: version(name) for name in ("torch", "transformers", "vllm-vptq")}
-    parts = Parts(out, {"model": source, "recipe": recipe.model_dump(mode="json"), "versions": versions})
+    asked = {"model": source, "revision": revision, "recipe": recipe.model_dump(mode="json"), "versions": versions}
+    parts = Parts(out, asked)
     report.stage("loading the model")
-    model, tokenizer = load(source, trust)
+    model, tokenizer = load(source, trust, revision)
     blocks = decoder_blocks(model)
     expected = planned(model, recipe)  # or hours would pass before its mistakes were seen
     report.note(left_dense_note(blocks))
@@ -71,6 +78,8 @@ def quantize_model(
     if recipe.finetune.steps:
         report.stage("fine-tuning")
         finetune_model(run, plan)
+    if commit := commit_of(source, revision):
+        versions[REVISION] = commit  # a branch may move
     _write(run, plan, out, versions)
     parts.remove()
     return plan

@@ -13,7 +13,7 @@ from quantize.errors import QuantizeError
 from quantize.model import Block
 from quantize.recipe import LayerRecipe, Recipe
 from vllm_vptq.format import LayerSpec, VPTQFormatError, effective_bits
-from vllm_vptq.layouts.memory import LAYOUTS, STATIONARY, measure, module_of
+from vllm_vptq.layouts.memory import resident_bytes
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
@@ -25,18 +25,9 @@ def total_bits(specs: Mapping[str, LayerSpec]) -> float:
 
 
 def resident_bits(specs: Mapping[str, LayerSpec]) -> dict[str, float]:
-    """Bits a weight that a GPU holds in each layout, with books and norms; but in compact, indices take whole bytes.
-
-    Layouts that come to the same as a smaller one are there, too. Layers that are fused share some padding.
-    """
-    totals = dict.fromkeys(LAYOUTS, 0.0)
-    for spec in specs.values():
-        sizes = measure([module_of(spec)], LAYOUTS).nbytes
-        norm = 2 * 4 * spec.shape[1 - spec.norm_dim] if spec.enable_norm else 0
-        for layout in LAYOUTS:
-            totals[layout] += 8 * (sizes.get(layout, sizes[STATIONARY]) + norm)
+    """Bits a weight that a GPU holds in each layout, with books and norms; but in compact, indices take whole bytes."""
     weights = sum(math.prod(spec.shape) for spec in specs.values())
-    return {layout: bits / weights for layout, bits in totals.items()}
+    return {layout: 8 * nbytes / weights for layout, nbytes in resident_bytes(specs.values()).items()}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quantize.errors import QuantizeError
-from quantize.export import VERSIONS, read_config
+from quantize.export import REVISION, VERSIONS, read_config
 from quantize.plan import total_bits
 from quantize.results import read_results
 
@@ -37,6 +37,7 @@ def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
         rows.append(f"| {name} | | {value} |")
     table = ["", "## Results", "", "| | original | this |", "|---|---|---|", *rows] if rows else []
     versions = json.loads((checkpoint / VERSIONS).read_text(encoding="utf8"))
+    revision = f" --revision {versions[REVISION]}" if REVISION in versions else ""
     return "\n".join(
         [
             "---",
@@ -59,9 +60,9 @@ def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
             "",
             "## How it was made",
             "",
-            f"    vptq-quantize run {original} --out DIR --recipe vptq_recipe.json",
+            f"    vptq-quantize run {original}{revision} --out DIR --recipe vptq_recipe.json",
             "",
-            ", ".join(f"{name} {version}" for name, version in versions.items()) + "; recipe:",
+            ", ".join(f"{name} {version}" for name, version in versions.items() if name != REVISION) + "; recipe:",
             "",
             *(f"    {line}" for line in json.dumps(recipe, indent=2).splitlines()),
             "",

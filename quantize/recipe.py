@@ -164,7 +164,7 @@ class Recipe(LayerRecipe):
         0, ge=0, description="groups of output rows with second moments weighted by the end loss; 0 for plain ones"
     )
     calibration: Annotated[tuple[Source, ...], BeforeValidator(_one_or_many)] = Field(
-        (), description="text files, datasets as NAME[:CONFIG], self for the model's own text; each @WEIGHT"
+        (), description="text files, datasets as NAME[:CONFIG[:SPLIT]], self for the model's own text; each @WEIGHT"
     )
     tokens: int = Field(16384, ge=1024, description="calibration tokens")
     context: int = Field(256, ge=32, description="tokens in a calibration sequence")

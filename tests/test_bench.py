@@ -20,7 +20,7 @@ from benchmarks.synthesize import synthesize
 from tests.engines import vllm_environment
 from tests.tiny import ROOT
 from vllm_vptq import cli
-from vllm_vptq.bench import process, table
+from vllm_vptq.bench import checkout, process, table
 from vllm_vptq.bench.results import Results, default_path
 from vllm_vptq.bench.settings import BenchError, Contestant, Settings, contestants
 from vllm_vptq.bench.worker import measure
@@ -252,6 +252,46 @@ def test_a_file_is_continued(folders, tmp_path):
         rows
     ) == 8
     assert results.dense(results.rows, rows[-1])["tp"] == 1
+
+
+def test_results_name_their_commits(folders, tmp_path, monkeypatch):
+    """Of a file that is continued all; of one without any nothing is said."""
+    path = tmp_path / "out.json"
+    for now, expected in [
+        (None, None),
+        ("abc", "unknown, abc"),
+        ("abc", "unknown, abc"),
+        ("def-dirty", "unknown, abc, def-dirty"),
+        (None, "unknown, abc, def-dirty"),
+    ]:
+        monkeypatch.setattr(checkout, "commit", lambda now=now: now)
+        measured(path, folders)
+        assert json.loads(path.read_text()).get("commit") == expected
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ("-c", "user.name=me", "-c", "user.email=me@example.org")
+    return subprocess.run(["git", *who, *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    assert checkout.commit() is None
+    git(tmp_path, "init")
+    (tmp_path / "file").write_text("a")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-m", "first")
+    git(tmp_path, "tag", "-a", "v1", "-m", "no commit's name")
+    commit = git(tmp_path, "rev-parse", "--short", "HEAD")
+    assert checkout.commit() == commit
+    (tmp_path / "file").write_text("b")
+    assert checkout.commit() == f"{commit}-dirty"
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(checkout, "ROOT", tmp_path / "site-packages")
+    assert checkout.commit() is None  # that of what it is installed into
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checkout.commit() is None
 
 
 @pytest.mark.parametrize(

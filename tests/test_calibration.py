@@ -90,6 +90,38 @@ def test_a_data_set_is_read_as_far_as_needed(tmp_path: Path) -> None:
         tokens(Letters(), f"{tmp_path}/absent")
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "split"),
+    [
+        ("org/set", None, "train"),
+        ("org/set:", None, "train"),
+        ("org/set:en", "en", "train"),
+        ("org/set:en:", "en", "train"),
+        ("org/set:en:validation", "en", "validation"),
+        ("org/set::train_sft@2", None, "train_sft"),
+    ],
+)
+def test_configuration_and_split(monkeypatch: pytest.MonkeyPatch, name: str, config: str | None, split: str) -> None:
+    asked: list[object] = []
+
+    def load_dataset(*words: object, **options: object) -> list[dict[str, str]]:
+        asked.append((*words, options))
+        return [{"text": "a" * 2000}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert text(tokens(Letters(), name)) == "a" * 1024
+    assert asked == [("org/set", config, {"split": split, "streaming": True})]
+
+
+def test_a_split_that_there_is_not_is_said(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "set" / f"{split}.jsonl").write_text(json.dumps({"text": split * 1000}))
+    assert text(tokens(Letters(), f"{tmp_path}/set::test")).startswith("testtest")
+    with pytest.raises(QuantizeError, match="absent"):
+        tokens(Letters(), f"{tmp_path}/set::absent")
+
+
 @pytest.mark.parametrize(("line", "match"), [("{", "line 2"), ("[1]", "line 2.*table"), ('{"n": 5}', "no text column")])
 def test_lines_that_say_nothing_are_named(tmp_path: Path, line: str, match: str) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n' + line)

@@ -94,7 +94,7 @@ def test_a_plan_takes_the_words_of_a_run(
     values |= {"--vector-length": 8, "--centroids": 16, "--residual-centroids": 0, "--bits": 5, "--books": "any"}
     commands: Any = typer.main.get_command(cli.app)
     run_, plan_ = ({o for p in commands.commands[c].params for o in p.opts if o[0] == "-"} for c in ("run", "plan"))
-    assert run_ - plan_ == {"--out", "--ray"} and plan_ - set(values) == {"--trust-remote-code"}
+    assert run_ - plan_ == {"--out", "--ray"} and plan_ - set(values) == {"--trust-remote-code", "--revision"}
     (tmp_path / "recipe.yaml").write_text("damping: 0.02\n")
     recipes: list[Recipe] = []
     monkeypatch.setattr(pipeline, "quantize_model", lambda *words: recipes.append(words[2]) or sys.exit(7))
@@ -189,6 +189,8 @@ def test_mistakes_are_one_line(tied: Path, fine: Path, tmp_path: Path, call: Any
         # Before the calibration text is looked at, let alone anything measured.
         ("at least", "run", tied, "--out", tmp_path / "7", "--bits", 1.0001, "--calibration", tmp_path / "short.txt"),
         ("at least", "plan", tied, "--bits", 1.0001),
+        ("only the hub has revisions", "plan", tied, "--revision", "main"),
+        ("only the hub has revisions", "run", tied, "--out", tmp_path / "8", "--revision", "main"),
         ("absent", "plan", tmp_path / "absent"),
         ("no readable report", "plot", tied),
         ("device", "run", tied, "--out", tmp_path / "1", "--device", "tpu"),

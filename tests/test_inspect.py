@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from benchmarks.synthesize import synthesize
+from quantize.plan import resident_bits
 from tests.checkpoints import f2_section
 from tests.strategies import random_tensors
 from tests.tiny import read
@@ -97,6 +98,60 @@ def test_table(tiny):
     assert "--tensor-parallel-size 1, 2, 4\n" in out
     every = call(tiny, "--all").stdout.splitlines()
     assert sum("v8-k256-64" in line for line in every) == 14 and every[0].startswith("model.layers. ")
+
+
+def test_memory_on_a_gpu(tmp_path):
+    """By layout, with bits a weight, as ``vptq-quantize plan`` says it of the same specs."""
+    name = "model.layers.0.mlp.down_proj"
+    out = call(write(tmp_path, {name: LayerSpec(4096, 64, 8, 256, enable_norm=True)})).stdout
+    nbytes = 4096 * 8 + 256 * 8 * 2 + 2 * 4 * 4096
+    size = f"{nbytes / 2**20:.2f} MiB, {nbytes * 8 / (4096 * 64):.2f} bits"
+    assert f"on a GPU   compact {size}; aligned {size}; stationary {size} a quantized weight\n" in out
+    specs = {name: LayerSpec(4096, 64, 8, 65536, 256, enable_norm=True)}
+    answer = json.loads(call(write(tmp_path, specs), "--json").stdout)
+    found, planned = answer["resident_bytes"], resident_bits(specs)
+    assert {layout: nbytes * 8 / (4096 * 64) for layout, nbytes in found.items()} == planned
+    assert found["compact"] <= found["aligned"] < found["stationary"]
+
+
+def fused(**books: tuple[int, ...]) -> dict[str, LayerSpec]:
+    """Modules of two blocks, by the last part of their names."""
+    where = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn"}
+    return {
+        f"model.layers.{i}.{where.get(leaf, 'mlp')}.{leaf}": LayerSpec(64, 48, *sizes)
+        for i in range(2)
+        for leaf, sizes in books.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("books", "mixed"),
+    [
+        (dict(q_proj=(8, 256, 256), k_proj=(6, 16, 256), v_proj=(12, 256, 4)), []),  # all byte pairs
+        (dict(gate_proj=(8, 256), up_proj=(8, 512)), ["gate_proj, up_proj"]),
+        (dict(up_proj=(8, 512), gate_proj=(8, 512, 512), down_proj=(8, 16), o_proj=(8, 16384)), []),  # all shorts
+        (
+            dict(v_proj=(8, 16), q_proj=(8, 16, 16), gate_proj=(8, 4), up_proj=(8, 16384)),
+            ["q_proj, v_proj", "gate_proj, up_proj"],
+        ),
+        (dict(q_proj=(8, 512, 16), k_proj=(8, 512, 16), v_proj=(8, 512, 16)), []),  # of two kinds each, fused or not
+        (dict(gate_proj=(8, 16384), up_proj=(8, 16384, 16)), ["gate_proj, up_proj"]),
+    ],
+)  # fmt: skip
+def test_fused_books_of_different_kinds(tmp_path, books, mixed):
+    folder = write(tmp_path, fused(**books))
+    out, found = call(folder).stdout, json.loads(call(folder, "--json").stdout)["mixed_books"]
+    lines = [line for line in out.splitlines() if "different kinds" in line]
+    assert len(found) == 2 * len(mixed) and len(lines) == bool(mixed)
+    if mixed:
+        assert (
+            f"{len(found)} of the layers that vLLM fuses" in lines[0] and "vptq-quantize run --books bytes" in lines[0]
+        )
+        assert all(leaves in lines[0] for leaves in mixed)
+        members = [
+            f"model.layers.0.{'mlp' if 'up' in mixed[0] else 'self_attn'}.{leaf}" for leaf in mixed[0].split(", ")
+        ]
+        assert members in found
 
 
 def test_odd_modules(tmp_path):

@@ -18,7 +18,9 @@ from tests.shards import CPU, fused_layer
 from tests.strategies import few, spec_extras, specs
 from vllm_vptq.format import LayerSpec, parse_format
 from vllm_vptq.layouts import choice, compact, memory, stationary
+from vllm_vptq.layouts.flat import Flat
 from vllm_vptq.layouts.memory import ALIGNED, COMPACT, LAYOUTS, STATIONARY, Layer
+from vllm_vptq.layouts.passes import SHARED_BYTES, pack, wide_kinds
 from vllm_vptq.parameters import ModuleShard
 
 GPU = torch.device("cuda")
@@ -53,6 +55,33 @@ def test_measured_before_as_after_packing(spec, books):
         assert size <= found <= size + gaps
     if ALIGNED not in layer.nbytes:
         assert packed_bytes(shards, ALIGNED) == packed_bytes(shards, STATIONARY)
+
+
+@few(25)
+@given(
+    spec=specs(max_out=60, max_group_size=400),
+    books=st.sampled_from([None, (8, 256, 64), (8, 16384, 256), (16, 16384, 32768), (5, 32, 16384), (8, 4096, 256)]),
+    outliers=st.sampled_from([0, 1, 6, 256, 257, 16384]),
+)
+def test_a_spec_tells_what_packing_makes(spec, books, outliers):
+    """What a GPU holds without lists, which are estimated, and how it looks weights up."""
+    if books:
+        spec = replace(spec, **dict(zip(("vector_len", "num_centroids", "num_res_centroids"), books, strict=True)))
+    if outliers:
+        columns = spec.group_num * spec.group_size + 12
+        spec = replace(spec, **spec_extras(outliers)["outliers"], in_features=columns)
+    shards, _ = fused_layer([spec])
+    packed = stationary.build(shards, torch.float16, CPU, HOPPER, 64, lists=False)
+    found = memory.resident_bytes([spec, spec])
+    gaps = (3 * len(shards[0].segments) + 4) * 16
+    for layout, made in ((COMPACT, compact.build(shards, torch.float16, CPU)), (ALIGNED, packed)):
+        tensors = [made.qweight] if layout == COMPACT else [made.codes]
+        tensors += [made.codebooks if layout == COMPACT else made.books, made.norm, made.columns]
+        held = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        assert 0 <= held - found[layout] // 2 <= gaps
+    made = [pack(segment, Flat(torch.int32), None, Flat(torch.float16), SHARED_BYTES) for segment in shards[0].segments]
+    for segment, own, passes in zip(shards[0].segments, memory.module_of(spec).segments, made, strict=True):
+        assert wide_kinds(segment) == wide_kinds(own) == {pass_.kind for pass_ in passes.wide}
 
 
 @pytest.mark.parametrize("name", ["v8-k65536", "v8-k65536-256", "v16-k65536-65536", "v8-k256-65536", "v6-k16384"])

@@ -20,6 +20,7 @@ from rich.text import Text
 from tests.engine.cases import Case, Real, all_cases
 from tests.engine.runner import Runner
 from tests.engine.worker import ROOT
+from vllm_vptq.bench.checkout import commit
 from vllm_vptq.doctor import machine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -116,16 +117,6 @@ def version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def commit() -> str | None:
-    """Of this checkout, if it is one of git."""
-    try:
-        words = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

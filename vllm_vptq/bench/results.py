@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_vptq.bench import METHOD
+from vllm_vptq.bench import METHOD, checkout
 from vllm_vptq.bench.settings import BenchError, Contestant, Settings
 from vllm_vptq.doctor import machine
 
@@ -30,7 +30,8 @@ def default_path() -> Path:
 class Results:
     """``rows``, one for a model and batch, ``models``, with what is measured once for each, ``rooms`` on small cards.
 
-    A file that exists is continued: models measured again replace their former figures, others stay.
+    A file that exists is continued: models measured again replace their former figures, others stay. Its ``commit``
+    then names all commits that were measured; there is none where none is known.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
@@ -44,6 +45,8 @@ class Results:
             "settings": _shared(settings),
             "method": METHOD,
         }
+        if found := checkout.commit():
+            self.head["commit"] = found
         self.models: list[Row] = []
         self.rows: list[Row] = []
         self.rooms: list[Row] = []
@@ -110,6 +113,8 @@ class Results:
                     raise BenchError(f"{self.path} was measured with {other}; choose another --out")
             self.models, self.rows = before["models"], before["rows"]
             self.rooms = before.get("rooms", [])
+            if commits := _commits(before.get("commit"), self.head.get("commit")):
+                self.head["commit"] = commits
             own, self.head["versions"] = self.head["versions"], before["versions"]
             self._check_versions(own)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -132,6 +137,12 @@ class Results:
         partial = self.path.with_suffix(".part")
         partial.write_text(head + ",\n" + ",\n".join(parts) + "\n}\n")
         partial.replace(self.path)
+
+
+def _commits(before: str | None, now: str | None) -> str | None:
+    """What a file's figures were measured with, each once; None if that is not known of any."""
+    found = list(dict.fromkeys([*(before or "unknown").split(", "), now or "unknown"]))
+    return None if found == ["unknown"] else ", ".join(found)
 
 
 def _own_version() -> str:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from vllm_vptq.format import LayerSpec, LayerSpecs, VPTQFormatError, read_layer_specs, validate_shapes
 from vllm_vptq.inspection.degrees import DEGREES, Heads, refusals
+from vllm_vptq.inspection.fusion import mixed_books
 from vllm_vptq.inspection.headers import read_config, read_headers
+from vllm_vptq.layouts.memory import resident_bytes
 
 __all__ = ["DEGREES", "Checkpoint", "Module", "inspect_checkpoint"]
 
@@ -47,10 +49,16 @@ class Module:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The quantized modules in the order of the configuration, and the bytes of the tensors left dense, by kind."""
+    """The quantized modules in the order of the configuration, and the bytes of the tensors left dense, by kind.
+
+    ``resident_bytes`` is what the quantized modules take in a GPU's memory, by layout. ``mixed_books`` are the modules,
+    by name, that vLLM fuses though a GPU looks them up in different ways.
+    """
 
     modules: tuple[Module, ...]
     dense_bytes: Mapping[str, int]
+    resident_bytes: Mapping[str, int]
+    mixed_books: tuple[tuple[str, ...], ...]
 
     @property
     def weights(self) -> int:
@@ -87,7 +95,9 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
     own, dense = _sort(tensors, specs)
     # Layers that are described by the last part of their name only are known by their tensors.
     names = list(dict.fromkeys([*specs, *own]))
-    return Checkpoint(tuple(_describe(name, specs[name], own.get(name, {}), heads) for name in names), dense)
+    modules = tuple(_describe(name, specs[name], own.get(name, {}), heads) for name in names)
+    known = {name: specs[name] for name in names}
+    return Checkpoint(modules, dense, resident_bytes(known.values()), mixed_books(known))
 
 
 def _sort(tensors: Mapping[str, Tensor], specs: LayerSpecs) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:

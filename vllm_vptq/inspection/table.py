@@ -26,6 +26,8 @@ def as_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "quantized_bytes": checkpoint.quantized_bytes,
         "dense_bytes": dict(checkpoint.dense_bytes),
         "total_bytes": checkpoint.total_bytes,
+        "resident_bytes": dict(checkpoint.resident_bytes),
+        "mixed_books": checkpoint.mixed_books,
         "tensor_parallel": checkpoint.degrees,
         "modules": modules,
     }
@@ -44,7 +46,7 @@ def show(checkpoint: Checkpoint, console: Console, every: bool) -> None:
         table.add_row(*map(Text, (name, *_cells(modules))))
     console.print(table)
     console.print("bits a weight: index alone, and with books, norm and permutation\n", style="dim")
-    for line in (*_totals(checkpoint), *_tensor_parallel(checkpoint)):
+    for line in (*_totals(checkpoint), *_on_gpu(checkpoint), *_tensor_parallel(checkpoint)):
         console.print(Text(line), soft_wrap=True)
 
 
@@ -91,6 +93,21 @@ def _totals(checkpoint: Checkpoint) -> list[str]:
         f"dense      {_size(sum(checkpoint.dense_bytes.values()))}: {dense}",
         f"total      {_size(checkpoint.total_bytes)}",
     ]
+
+
+def _on_gpu(checkpoint: Checkpoint) -> list[str]:
+    sizes = (
+        f"{layout} {_size(nbytes)}, {8 * nbytes / checkpoint.weights:.2f} bits"
+        for layout, nbytes in checkpoint.resident_bytes.items()
+    )
+    lines = [f"on a GPU   {'; '.join(sizes)} a quantized weight"]
+    if mixed := checkpoint.mixed_books:
+        fused = dict.fromkeys(", ".join(name.rpartition(".")[2] for name in names) for names in mixed)
+        lines.append(
+            f"  slower: {len(mixed)} of the layers that vLLM fuses ({'; '.join(fused)}) have books of different kinds; "
+            "vptq-quantize run --books bytes, with --bits, makes all of one kind"
+        )
+    return lines
 
 
 def _size(nbytes: int) -> str:

@@ -8,14 +8,15 @@ ones gain least.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_vptq.format import LayerSpec
 from vllm_vptq.layouts.flat import alike
-from vllm_vptq.layouts.passes import COLUMNS_PER_LOAD, SLICE_ROWS, TILE_COLUMNS, books_of, slice_bits_of
+from vllm_vptq.layouts.passes import COLUMNS_PER_LOAD, SLICE_ROWS, TILE_COLUMNS, books_of, code_kinds, slice_bits_of
 from vllm_vptq.layouts.work import Kind
 from vllm_vptq.parameters import ModuleShard, Segment
 
@@ -54,7 +55,8 @@ def module_of(spec: LayerSpec) -> ModuleShard:
     outputs, columns = spec.shape
 
     def segment(v: int, entries: int, residual: int, count: int) -> Segment:
-        bits, res_bits = entries.bit_length() - 1, max(residual, 1).bit_length() - 1
+        # A book of outliers may have any number of entries.
+        bits, res_bits = max(1, (entries - 1).bit_length()), max(residual, 1).bit_length() - 1
         words = torch.empty(-(-outputs // v), -(-count * (bits + res_bits) // 32), dtype=torch.int32, device="meta")
         book = torch.empty(entries, v, dtype=torch.float16)  # books are told apart by where they lie
         res_book = torch.empty(residual, v, dtype=torch.float16) if residual else None
@@ -67,6 +69,22 @@ def module_of(spec: LayerSpec) -> ModuleShard:
         count = min(spec.group_size, columns - first)
         segments.append(segment(spec.vector_len, spec.num_centroids, spec.num_res_centroids, count))
     return ModuleShard(outputs, columns, tuple(segments))
+
+
+def resident_bytes(specs: Iterable[LayerSpec]) -> dict[str, int]:
+    """Bytes that a GPU holds of whole modules in each layout: indices, books, norms and column lists.
+
+    Layouts that come to the same as a smaller one are there, too. Layers that are fused share some padding.
+    """
+    totals = dict.fromkeys(LAYOUTS, 0)
+    for spec, count in Counter(specs).items():
+        module = module_of(spec)
+        sizes = measure([module], LAYOUTS).nbytes
+        norm = 2 * 4 * spec.shape[1 - spec.norm_dim] if spec.enable_norm else 0
+        columns = 4 * module.in_features if len(module.segments) > 1 else 0
+        for layout in LAYOUTS:
+            totals[layout] += count * (sizes.get(layout, sizes[STATIONARY]) + norm + columns)
+    return totals
 
 
 def distribute(layers: Sequence[Layer], budget: float) -> list[str]:
@@ -100,10 +118,7 @@ def _codes(segments: Sequence[Segment], layout: str) -> int:
 
 def _aligned_codes(segment: Segment) -> int:
     """Bytes of codes, for 16 outputs and whole loads: a byte or two for each book, two for a pair of small ones."""
-    books, rows, total = books_of(segment), segment.words.shape[0], 0
-    kinds = [Kind.FAR if _large(n) else Kind.BYTES if bits <= 8 else Kind.SHORTS for n, bits in books]
-    if kinds == [Kind.BYTES, Kind.BYTES]:
-        kinds = [Kind.BYTE_PAIRS]
+    kinds, rows, total = code_kinds(segment), segment.words.shape[0], 0
     # Where both planes of vectors are gathered at once, each row has codes of its own; else two of them share loads.
     apart = segment.vector_len > 8 and all(kind == Kind.FAR for kind in kinds)
     for kind in kinds:

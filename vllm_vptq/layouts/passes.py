@@ -176,6 +176,19 @@ def books_of(segment: Segment) -> list[tuple[int, int]]:
     return books
 
 
+def code_kinds(segment: Segment) -> list[Kind]:
+    """How codes are stored, for each book, or once for two small ones; those of a FAR book are of two bytes, too."""
+    books = books_of(segment)
+    kinds = [Kind.FAR if n > SLICE_ROWS else Kind.BYTES if bits <= 8 else Kind.SHORTS for n, bits in books]
+    return [Kind.BYTE_PAIRS] if kinds == [Kind.BYTES, Kind.BYTES] else kinds
+
+
+def wide_kinds(segment: Segment) -> set[Kind]:
+    """Kinds of the passes for more than a few tokens."""
+    kinds = code_kinds(segment)
+    return {Kind.FAR_BYTES} if kinds == [Kind.FAR, Kind.BYTES] else set(kinds)
+
+
 def resident(segment: Segment, shared_bytes: int) -> bool:
     """Whether a segment's books fit shared memory, each for itself, or both together if they are small."""
     books = books_of(segment)
