@@ -1,4 +1,4 @@
-"""Around a run: resuming, planning, reports, plots, cards, task scores."""
+"""Around a run: resuming, planning, reports, plots, scores."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
@@ -28,8 +26,7 @@ from quantize.evaluate import load_any, on_device, score, task_scores, windows_a
 from quantize.model import load_shapes
 from quantize.parts import Parts
 from quantize.plot import draw
-from quantize.push import model_card, upload
-from quantize.recipe import BlockTuning, Finetuning, Recipe, Rule
+from quantize.recipe import BlockTuning, Finetuning, Rule
 from quantize.report import REPORT, Report
 from tests.tiny import COARSE, FINE, ROOT, TEXT, make_model, run
 
@@ -423,95 +420,3 @@ def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(QuantizeError, match=r'pip install -e "\.\[eval\]" in the checkout'):
         evaluate.task_scores(model, "tokenizer", ["piqa"], None)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The hub
-
-
-class FakeHub:
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.calls.append((name, options))
-            return types.SimpleNamespace(commit_url="https://hub/commit")
-
-        return call
-
-
-@pytest.mark.parametrize("revision", [None, "3bit"])
-def test_upload(fine: Path, tmp_path: Path, revision: str | None) -> None:
-    checkpoint, hub = Path(shutil.copytree(fine, tmp_path / "copy")), FakeHub()
-    api: Any = hub
-    assert upload(api, checkpoint, "me/model", "org/base", ["wikitext-2=12.3"], revision, True) == "https://hub/commit"
-    assert [name for name, _ in hub.calls] == ["create_repo", *(["create_branch"] if revision else []), "upload_folder"]
-    assert hub.calls[0][1]["private"] and hub.calls[-1][1]["revision"] == revision
-    card = (checkpoint / "README.md").read_text()
-    assert card.startswith("---\nbase_model: org/base\n") and "| wikitext-2 | | 12.3 |" in card
-    recipe = Recipe.load(checkpoint / "vptq_recipe.json")
-    assert f'"tokens": {recipe.tokens}' in card and "14 linear layers" in card
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ("license: mit", ["license: mit"]),
-        (
-            "license: other\nlicense_name: llama3.1\nlicense_link: LICENSE",
-            ["license: other", "license_name: llama3.1", "license_link: {link}"],
-        ),
-        ("license_link: https://a.b/c\nlicense: other", ["license: other", "license_link: https://a.b/c"]),
-        ("language: [en]", ["license: from-config"]),
-        ("license: [broken", ["license: from-config"]),
-        (None, ["license: from-config"]),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("hub", [False, True], ids=["directory", "hub"])
-def test_a_card_has_the_license_of_the_original(
-    fine: Path, tmp_path: Path, monkeypatch: Any, said: str | None, expected: list[str], hub: bool
-) -> None:
-    checkpoint, original = Path(shutil.copytree(fine, tmp_path / "copy")), tmp_path / "original"
-    config = json.loads((checkpoint / "config.json").read_text()) | {"license": "from-config"}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    original.mkdir()
-    if said is not None:
-        (original / "README.md").write_text(f"---\n{said}\n---\ntext")
-    if hub:
-        load = ModelCard.load
-        monkeypatch.setattr(ModelCard, "load", lambda name: load({"org/base": original / "README.md"}[name]))
-    name = "org/base" if hub else str(original)
-    link = "https://huggingface.co/org/base/blob/main/LICENSE" if hub else "LICENSE"
-    front = model_card(checkpoint, name, []).split("---\n")[1].splitlines()
-    assert [line for line in front if line.startswith("license")] == [line.format(link=link) for line in expected]
-    assert "pipeline_tag: text-generation" in front
-
-
-def test_a_card_without_a_license_has_none_and_says_how_to_install(fine: Path) -> None:
-    card = model_card(fine, "org/base", [])
-    front = yaml.safe_load(card.split("---\n")[1])
-    assert front.keys() == {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"}
-    assert '    pip install -e ".[gpu]"' in card and "pip install vllm-vptq" not in card
-
-
-def test_what_cannot_be_uploaded(fine: Path, tied: Path, tmp_path: Path) -> None:
-    class Refusing(FakeHub):
-        def create_repo(self, *_: Any, **__: Any) -> None:
-            raise RuntimeError("no such user\nmore")  # the hub client has errors of many kinds
-
-    checkpoint, api = Path(shutil.copytree(fine, tmp_path / "copy")), FakeHub()
-    for match, hub, folder, results in [
-        ("no such user$", Refusing(), checkpoint, []),
-        ("expected NAME=VALUE", api, checkpoint, ["great"]),
-    ]:
-        given: Any = hub
-        with pytest.raises(QuantizeError, match=match):
-            upload(given, folder, "me/model", "org/base", results, None, True)
-    (checkpoint / "parts").mkdir()
-    with pytest.raises(QuantizeError, match="unfinished"):
-        upload(api, checkpoint, "me/model", "org/base", [], None, True)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"config\.json"):
-        model_card(tied, "org/base", [])
-    assert not api.calls
