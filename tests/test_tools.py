@@ -194,8 +194,18 @@ def test_another_recipe_does_not_go_on_with_these_parts(tmp_path: Path) -> None:
     assert "a.layer" in Parts(tmp_path / "out", {"recipe": 1})
 
 
+@pytest.mark.parametrize("measured", ["gradients", "model.layers.0.worth"])
+def test_another_recipe_does_not_throw_away_what_was_measured(tmp_path: Path, measured: str) -> None:
+    Parts(tmp_path / "out", {"recipe": 1}).write_json(measured, {"a": 1.0})
+    with pytest.raises(QuantizeError, match="unfinished run with another recipe"):
+        Parts(tmp_path / "out", {"recipe": 2})
+    assert Parts(tmp_path / "out", {"recipe": 1}).read_json(measured) == {"a": 1.0}
+
+
 def test_a_mistake_before_the_first_layer_leaves_nothing_behind(tmp_path: Path) -> None:
-    Parts(tmp_path / "out", {"recipe": 1}).save("calibration", {"ids": torch.ones(2)})
+    parts = Parts(tmp_path / "out", {"recipe": 1})
+    parts.save("calibration", {"ids": torch.ones(2)})
+    parts.write_json("plan", {})
     assert "calibration" not in Parts(tmp_path / "out", {"recipe": 2})
 
 
@@ -370,10 +380,20 @@ def test_a_model_that_comes_block_by_block_scores_the_same(tied: Path, fine: Pat
 def test_windows_in_a_pass_are_those_that_have_room(tied: Path, monkeypatch: Any) -> None:
     model, _ = load_any(str(tied), CPU)
     found = []
-    for free in (0, 1 << 20, 1 << 40):
+    for free in (0, 1 << 22, 1 << 40):
         monkeypatch.setattr("quantize.evaluate.free_memory", lambda _, free=free: free)
         found.append(windows_at_once(model, 64, CPU))
-    assert found == [1, (1 << 19) // (8 * 64 * 300), 8]
+    logits, activations = 64 * 300, 64 * (4 * 64 + 2 * 96 + 64)  # q, k, v, o, gate, up, down
+    assert found == [1, (1 << 21) // (8 * (logits + activations)), 8] and 1 < found[1] < 8
+
+
+def test_scores_keep_no_cache_of_keys_and_values(tied: Path) -> None:
+    (model, tokenizer), (other, _) = load_any(str(tied), CPU), load_any(str(tied), CPU)
+    caches: list[Any] = []
+    for each in (model, other):
+        each.register_forward_hook(lambda *call: caches.append(call[-1].past_key_values))
+    score(model, tokenizer, TEXT, 64, 128, reference=other)
+    assert caches == [None] * 4
 
 
 def test_a_checkpoint_in_its_own_dtype(untied: Path, tied: Path, fine: Path) -> None:
@@ -405,16 +425,16 @@ def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
 
     harness, huggingface = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models.huggingface")
     harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
-    huggingface.HFLM = lambda pretrained, tokenizer: (pretrained, tokenizer)  # type: ignore[attr-defined]
+    huggingface.HFLM = lambda **options: tuple(options.values())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
     model: Any = object()
-    assert task_scores(model, "tokenizer", ["piqa", "other"], 5) == {
+    assert task_scores(model, "tokenizer", ["piqa", "other"], 5, 8) == {
         "piqa": 0.75,
         "other bleu": 1.0,
         "other bits (flexible)": 2.0,
     }
-    assert asked == {"model": (model, "tokenizer"), "tasks": ["piqa", "other"], "limit": 5}
+    assert asked == {"model": (model, "tokenizer", 8), "tasks": ["piqa", "other"], "limit": 5}
     with pytest.raises(QuantizeError, match="absent"):
         task_scores(model, "tokenizer", ["absent"], None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
