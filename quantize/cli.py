@@ -176,7 +176,9 @@ def evaluate(
     window = context_of(models, context, trust_remote_code)
     first: Any = None
     with Report(_console) as report, contextlib.ExitStack() as present:
+        model: Any = None
         for name in models:
+            model = tokenizer = None  # but for the first, which stays, only one is on the host
             report.stage(f"perplexity of {name}")
             model, tokenizer = load_any(name, torch.device("cpu"), chosen, trust_remote_code)
             reference = None if first is None else first[0]
@@ -184,7 +186,7 @@ def evaluate(
                 whole = (present if first is None else visit).enter_context(on_device(model, place))
                 at_once = 1 if whole else windows_at_once(model, window, place)
                 found = score(model, tokenizer, body, window, tokens, report.progress, reference, at_once)
-                scores = task_scores(model, tokenizer, tasks.split(","), limit) if tasks else {}
+                scores = task_scores(model, tokenizer, tasks.split(","), limit, at_once) if tasks else {}
             where = f"on {source}, {found.tokens} tokens in windows of {window}"
             where += "" if dtype == "float32" else f", {str(model.dtype).removeprefix('torch.')}"
             if first is None:
@@ -252,14 +254,15 @@ def plan(
         seed=seed,
         device=device,
     )
-    first = choose_devices(chosen.device)[0]
     loaded = load_shapes(model, trust_remote_code, revision)
     made = planned(loaded, chosen)
     _console.print(table(made))
-    if note := left_dense_note(decoder_blocks(loaded)):
-        _console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
-    if reason := too_large(loaded, chosen, first):
-        _console.print(f"note: a run would stop here: {reason}", style="yellow", markup=False, soft_wrap=True)
+    if left := left_dense_note(decoder_blocks(loaded)):
+        _note(left)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        _note("torch finds no GPU here, so whether the model fits the run's is left open")
+    elif reason := too_large(loaded, chosen, choose_devices(chosen.device)[0]):
+        _note(f"a run would stop here: {reason}")
     if chosen.bits is not None and chosen.allocation == "measured":
         _console.print(
             "which layer gets which books is for the run to measure; here all weights count alike", soft_wrap=True
@@ -298,7 +301,7 @@ def push(
 
     from quantize.push import upload
 
-    url = upload(HfApi(), checkpoint, repository, original, result or [], revision, private=not public)
+    url = upload(HfApi(), checkpoint, repository, original, result or [], revision, not public, _note)
     _console.print(url, markup=False)
 
 
@@ -313,6 +316,10 @@ def dequantize(
 
     write_dense(checkpoint_folder(checkpoint), out, _dtype(dtype))
     _console.print(str(out), markup=False)
+
+
+def _note(text: str) -> None:
+    _console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -143,8 +143,9 @@ def fits(model: nn.Module, device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that nobody has."""
-    return int(torch.cuda.mem_get_info(device)[0])
+    """Bytes of a GPU's memory that nobody has, and those that torch keeps for itself and no tensor has."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 @contextlib.contextmanager

@@ -86,7 +86,10 @@ def windows_at_once(model: nn.Module, context: int, device: torch.device) -> int
     """Windows for one pass of a model that comes to a GPU block by block: every pass reads all of it."""
     vocabulary = model.config.get_text_config().vocab_size
     logits = 2 * 4 * context * vocabulary  # its own and the reference's, in float32
-    return max(1, min(_WINDOWS, free_memory(device) // 2 // logits))
+    widths = (sum(linear.out_features for linear in block.linears.values()) for block in decoder_blocks(model))
+    # About what a block makes of a window: the outputs of its linears, and as much again between them.
+    activations = 2 * 4 * context * max(widths)
+    return max(1, min(_WINDOWS, free_memory(device) // 2 // (logits + activations)))
 
 
 def context_of(models: Sequence[str], asked: int | None, trust: bool = False) -> int:
@@ -169,8 +172,8 @@ def score(
     windows = torch.tensor([opening + ids[start : start + step].tolist() for start in starts])
     total, divergence, done = 0.0, 0.0, 0
     for batch in windows.to(model.get_input_embeddings().weight.device).split(at_once):
-        logits = model(batch).logits
-        aims = [None] * len(batch) if reference is None else reference(batch).logits
+        logits = model(batch, use_cache=False).logits
+        aims = [None] * len(batch) if reference is None else reference(batch, use_cache=False).logits
         for window, own, aim in zip(batch, logits, aims, strict=True):
             found = torch.log_softmax(own[:-1].float(), -1)
             total += float(nn.functional.nll_loss(found, window[1:], reduction="sum"))
@@ -196,9 +199,12 @@ def require_harness() -> None:
         raise QuantizeError(f"--tasks needs the LM Evaluation Harness: {how_to_install('eval')}") from error
 
 
-def task_scores(model: nn.Module, tokenizer: Any, tasks: list[str], limit: int | None) -> dict[str, float]:
+def task_scores(
+    model: nn.Module, tokenizer: Any, tasks: list[str], limit: int | None, at_once: int = 1
+) -> dict[str, float]:
     """What the LM Evaluation Harness (https://github.com/EleutherAI/lm-evaluation-harness) finds, zero shot.
 
+    ``at_once`` requests go through the model in a pass.
     A task's accuracy by its name; all metrics, with theirs, of tasks that have none. QuantizeError for tasks that the
     harness doesn't know.
     """
@@ -207,14 +213,13 @@ def task_scores(model: nn.Module, tokenizer: Any, tasks: list[str], limit: int |
     from lm_eval.models.huggingface import HFLM
 
     try:
-        results = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit)["results"]
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=at_once)
+        results = simple_evaluate(harness, tasks=tasks, limit=limit)["results"]
     except (KeyError, ValueError) as error:
         raise QuantizeError(f"tasks {', '.join(tasks)}: {' '.join(str(error).split())}") from error
     scores: dict[str, float] = {}
     for task, values in results.items():
-        accuracy = next(
-            (values[key] for key in ("acc_norm,none", "acc,none", "exact_match,strict-match") if key in values), None
-        )
+        accuracy = next((values[key] for key in _ACCURACIES if key in values), None)
         if accuracy is not None:
             scores[task] = float(accuracy)
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,21 +94,13 @@ class Block:
 
 
 def decoder_blocks(model: nn.Module) -> list[Block]:
-    """The blocks of the decoder: the longest module list whose items hold linear layers, and that is in no other.
+    """The blocks of the decoder: the longest list of modules with linear layers inside; of two, the outer one.
 
+    Lists inside a block are none: experts, and what lies in the items of a list beside linear layers of their own.
     Routers are none of them: small, and what they say decides about all the rest, so that servers keep them dense.
     Nor is what our server refuses to load: routed experts.
     """
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules())
-    ]
-    if not lists:
-        raise QuantizeError(f"{type(model).__name__} has no list of blocks with linear layers; nothing to quantize")
-    # Not those inside of another, such as a block's experts, of which there may be more than blocks.
-    outer = [(name, blocks) for name, blocks in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
-    name, blocks = max(outer, key=lambda item: len(item[1]))
+    name, blocks = _longest_list(model)
     found = []
     for i, block in enumerate(blocks):
         prefix = f"{name}.{i}"
@@ -122,6 +114,30 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
         }
         found.append(Block(prefix, block, linears))
     return found
+
+
+def _longest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and _may_be_blocks(name, m)}
+    if not lists:
+        raise QuantizeError(f"{type(model).__name__} has no list of blocks with linear layers; nothing to quantize")
+    # Those with linears in no further list hold blocks; others, say of stages, hold only lists.
+    of_blocks = {_innermost(lists, name) for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {None}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in of_blocks)]
+    name = max(outer, key=lambda name: (len(lists[name]), -name.count(".")))
+    return name, lists[name]
+
+
+def _may_be_blocks(name: str, items: nn.ModuleList) -> bool:
+    """Whether the items hold linears, but are none themselves, and no routed experts."""
+    held = any(isinstance(m, nn.Linear) for m in items.modules())
+    return held and not any(isinstance(item, nn.Linear) for item in items) and not limit_of(f"{name}.0")
+
+
+def _innermost(lists: Container[str], name: str) -> str | None:
+    """The innermost of the lists that a module lies in."""
+    while name and name not in lists:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 class Stop(Exception):

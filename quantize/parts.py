@@ -39,7 +39,7 @@ class Parts:
             self.write_json("run", run)
         before = self.read_json("run")
         changed = [key for key in run if not isinstance(before, dict) or before.get(key) != run[key]]
-        if changed and not self._has_layers():
+        if changed and not self._has_work():
             self.remove()  # nothing is lost, say after a mistake in the options
             self.folder.mkdir()
             self.write_json("run", run)
@@ -49,8 +49,10 @@ class Parts:
                 "--out or remove it"
             )
 
-    def _has_layers(self) -> bool:
-        return any(file.name != "calibration.safetensors" for file in self.folder.glob("*.safetensors"))
+    def _has_work(self) -> bool:
+        """Whether there is a layer, or something measured; text for calibration does not count."""
+        kinds = ("*.safetensors", "*.worth.json", "gradients.json")
+        return any(file.name != "calibration.safetensors" for kind in kinds for file in self.folder.glob(kind))
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()

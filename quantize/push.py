@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,15 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
+Note = Callable[[str], None]
+"""Tells the user one line."""
+
+
+def model_card(checkpoint: Path, original: str, results: Sequence[str], note: Note = print) -> str:
     """The card of a checkpoint, Markdown with the hub's front matter.
 
-    ``results`` are rows as ``NAME=VALUE``, below those that evaluation left beside the checkpoint.
+    ``results`` are rows as ``NAME=VALUE``, below those that evaluation left beside the checkpoint. ``note`` is told
+    where the original's license could not be read.
     """
     config, specs = read_config(checkpoint)
     bits = total_bits(dict(specs))
@@ -46,7 +51,7 @@ def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
             "library_name: vllm",
             "pipeline_tag: text-generation",
             "tags: [vptq, vllm]",
-            *_license(original, config),
+            *_license(original, config, note),
             "---",
             "",
             f"# {original.rpartition('/')[2]}, {bits:.2f} bits a weight",
@@ -70,15 +75,22 @@ def model_card(checkpoint: Path, original: str, results: Sequence[str]) -> str:
     )
 
 
-def _license(original: str, config: Mapping[str, Any]) -> list[str]:
-    """Lines on the license, as the original's card has it, or else its config; none where neither can be read."""
+def _license(original: str, config: Mapping[str, Any], note: Note) -> list[str]:
+    """Lines on the license, as the original's card has it, or else its config; none where neither says any."""
     from huggingface_hub import ModelCard
+    from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     local = Path(original).is_dir()
+    card: dict[str, Any] = {}
     try:
-        card = ModelCard.load(Path(original) / "README.md" if local else original).data.to_dict()
-    except Exception:  # whatever the hub client and YAML raise; a card is no condition for an upload
-        card = {}
+        if not local or (Path(original) / "README.md").is_file():
+            card = ModelCard.load(Path(original) / "README.md" if local else original).data.to_dict()
+    except Exception as error:  # whatever the hub client and YAML raise; a card is no condition for an upload
+        absent = isinstance(error, (RemoteEntryNotFoundError, RepositoryNotFoundError))
+        broken = isinstance(error, (yaml.YAMLError, ValueError))
+        if isinstance(error, GatedRepoError) or not (absent or broken):
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            note(f"the license of {original} could not be read ({reason}); see that the card has it")
     found = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
     link = found.get("license_link")
     if link and not local and "://" not in link:  # a file beside the original
@@ -96,6 +108,7 @@ def upload(
     results: Sequence[str],
     revision: str | None,
     private: bool,
+    note: Note = print,
 ) -> str:
     """Writes the card into the checkpoint's directory and uploads that; gives the address of the commit.
 
@@ -103,7 +116,7 @@ def upload(
     """
     if (checkpoint / "parts").exists():
         raise QuantizeError(f"{checkpoint} holds an unfinished run; start that again first")
-    (checkpoint / "README.md").write_text(model_card(checkpoint, original, results), encoding="utf8")
+    (checkpoint / "README.md").write_text(model_card(checkpoint, original, results, note), encoding="utf8")
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported, and for every process that a test starts
 
 
 @pytest.fixture(scope="session")

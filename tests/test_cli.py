@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,13 @@ def test_a_plan_says_that_a_model_is_too_large(tied: Path, call: Any, monkeypatc
         assert ("a run would stop here" in out and expected in out) if expected else "would stop" not in out, words
 
 
+def test_a_plan_for_a_gpu_needs_none(tied: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "recipe.yaml").write_text("device: cuda\n")
+    code, out, _ = call("plan", tied, "--bits", 5, "--recipe", tmp_path / "recipe.yaml")
+    assert code == 0 and "note: torch finds no GPU here" in out and "GiB on this machine (cpu)" in out
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -232,6 +240,36 @@ def test_eval_refuses_before_anything_is_evaluated(
 def test_windows_are_no_longer_than_the_model_has_positions(tied: Path, call: Any) -> None:
     code, out, _ = call("eval", tied, "--tokens", 600)
     assert code == 0 and "510 tokens in windows of 256" in out
+
+
+def test_eval_keeps_the_first_model_and_one_more(
+    tied: Path, untied: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those alive when another is loaded; and tasks have as many requests in a pass as scores have windows."""
+    loaded: list[Any] = []
+    alive: list[list[bool]] = []
+    batches: list[int] = []
+    load = evaluate.load_any
+
+    def watched(*words: Any) -> Any:
+        alive.append([model() is not None for model in loaded])
+        model, tokenizer = load(*words)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(evaluate, "load_any", watched)
+    monkeypatch.setattr(evaluate, "require_harness", lambda: None)
+    monkeypatch.setattr(evaluate, "task_scores", lambda *words: batches.append(words[-1]) or {})
+    for fit in (True, False):
+        monkeypatch.setattr(evaluate, "fits", lambda *_, fit=fit: fit)
+        monkeypatch.setattr("quantize.devices.fits", lambda *_, fit=fit: fit)
+        monkeypatch.setattr(evaluate, "free_memory", lambda _: 1 << 40)
+        loaded.clear()
+        words = ("--context", 64, "--tokens", 256, "--tasks", "piqa")
+        code, _, err = call("eval", tied, untied, tied, untied, *words)
+        assert code == 0, err
+    assert alive == [[], [True], [True, False], [True, False, False]] * 2
+    assert batches == [1] * 4 + [8] * 4
 
 
 def test_eval_in_another_dtype_says_so(tied: Path, fine: Path, call: Any) -> None:

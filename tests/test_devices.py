@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize import devices, estimate, pipeline
-from quantize.devices import Clock, choose_devices, resident, share, streamed
+from quantize.devices import Clock, choose_devices, fits, free_memory, resident, share, streamed
 from quantize.errors import QuantizeError
 from quantize.evaluate import load_any
 from quantize.model import decoder_blocks, first_inputs, load_shapes
@@ -183,3 +183,13 @@ def test_a_clock_adds_up() -> None:
         with clock("step"):
             sum(range(1000))
     assert clock.seconds.keys() == {"step"} and clock.seconds["step"] > 0
+
+
+def test_what_torch_keeps_for_itself_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 500), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert free_memory(torch.device("cuda")) == 100 + 200
+    model = torch.nn.Linear(6, 6, bias=False)  # twice 144 bytes
+    assert fits(model, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 320)
+    assert not fits(model, torch.device("cuda"))

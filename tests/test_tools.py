@@ -1,4 +1,4 @@
-"""Around a run: resuming, planning, reports, plots, cards, task scores."""
+"""Around a run: resuming, planning, reports, plots, scores."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
@@ -28,8 +26,7 @@ from quantize.evaluate import load_any, on_device, score, task_scores, windows_a
 from quantize.model import load_shapes
 from quantize.parts import Parts
 from quantize.plot import draw
-from quantize.push import model_card, upload
-from quantize.recipe import BlockTuning, Finetuning, Recipe, Rule
+from quantize.recipe import BlockTuning, Finetuning, Rule
 from quantize.report import REPORT, Report
 from tests.tiny import COARSE, FINE, ROOT, TEXT, make_model, run
 
@@ -197,8 +194,18 @@ def test_another_recipe_does_not_go_on_with_these_parts(tmp_path: Path) -> None:
     assert "a.layer" in Parts(tmp_path / "out", {"recipe": 1})
 
 
+@pytest.mark.parametrize("measured", ["gradients", "model.layers.0.worth"])
+def test_another_recipe_does_not_throw_away_what_was_measured(tmp_path: Path, measured: str) -> None:
+    Parts(tmp_path / "out", {"recipe": 1}).write_json(measured, {"a": 1.0})
+    with pytest.raises(QuantizeError, match="unfinished run with another recipe"):
+        Parts(tmp_path / "out", {"recipe": 2})
+    assert Parts(tmp_path / "out", {"recipe": 1}).read_json(measured) == {"a": 1.0}
+
+
 def test_a_mistake_before_the_first_layer_leaves_nothing_behind(tmp_path: Path) -> None:
-    Parts(tmp_path / "out", {"recipe": 1}).save("calibration", {"ids": torch.ones(2)})
+    parts = Parts(tmp_path / "out", {"recipe": 1})
+    parts.save("calibration", {"ids": torch.ones(2)})
+    parts.write_json("plan", {})
     assert "calibration" not in Parts(tmp_path / "out", {"recipe": 2})
 
 
@@ -373,10 +380,20 @@ def test_a_model_that_comes_block_by_block_scores_the_same(tied: Path, fine: Pat
 def test_windows_in_a_pass_are_those_that_have_room(tied: Path, monkeypatch: Any) -> None:
     model, _ = load_any(str(tied), CPU)
     found = []
-    for free in (0, 1 << 20, 1 << 40):
+    for free in (0, 1 << 22, 1 << 40):
         monkeypatch.setattr("quantize.evaluate.free_memory", lambda _, free=free: free)
         found.append(windows_at_once(model, 64, CPU))
-    assert found == [1, (1 << 19) // (8 * 64 * 300), 8]
+    logits, activations = 64 * 300, 64 * (4 * 64 + 2 * 96 + 64)  # q, k, v, o, gate, up, down
+    assert found == [1, (1 << 21) // (8 * (logits + activations)), 8] and 1 < found[1] < 8
+
+
+def test_scores_keep_no_cache_of_keys_and_values(tied: Path) -> None:
+    (model, tokenizer), (other, _) = load_any(str(tied), CPU), load_any(str(tied), CPU)
+    caches: list[Any] = []
+    for each in (model, other):
+        each.register_forward_hook(lambda *call: caches.append(call[-1].past_key_values))
+    score(model, tokenizer, TEXT, 64, 128, reference=other)
+    assert caches == [None] * 4
 
 
 def test_a_checkpoint_in_its_own_dtype(untied: Path, tied: Path, fine: Path) -> None:
@@ -408,110 +425,18 @@ def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
 
     harness, huggingface = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models.huggingface")
     harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
-    huggingface.HFLM = lambda pretrained, tokenizer: (pretrained, tokenizer)  # type: ignore[attr-defined]
+    huggingface.HFLM = lambda **options: tuple(options.values())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
     model: Any = object()
-    assert task_scores(model, "tokenizer", ["piqa", "other"], 5) == {
+    assert task_scores(model, "tokenizer", ["piqa", "other"], 5, 8) == {
         "piqa": 0.75,
         "other bleu": 1.0,
         "other bits (flexible)": 2.0,
     }
-    assert asked == {"model": (model, "tokenizer"), "tasks": ["piqa", "other"], "limit": 5}
+    assert asked == {"model": (model, "tokenizer", 8), "tasks": ["piqa", "other"], "limit": 5}
     with pytest.raises(QuantizeError, match="absent"):
         task_scores(model, "tokenizer", ["absent"], None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(QuantizeError, match=r'pip install -e "\.\[eval\]" in the checkout'):
         evaluate.task_scores(model, "tokenizer", ["piqa"], None)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The hub
-
-
-class FakeHub:
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.calls.append((name, options))
-            return types.SimpleNamespace(commit_url="https://hub/commit")
-
-        return call
-
-
-@pytest.mark.parametrize("revision", [None, "3bit"])
-def test_upload(fine: Path, tmp_path: Path, revision: str | None) -> None:
-    checkpoint, hub = Path(shutil.copytree(fine, tmp_path / "copy")), FakeHub()
-    api: Any = hub
-    assert upload(api, checkpoint, "me/model", "org/base", ["wikitext-2=12.3"], revision, True) == "https://hub/commit"
-    assert [name for name, _ in hub.calls] == ["create_repo", *(["create_branch"] if revision else []), "upload_folder"]
-    assert hub.calls[0][1]["private"] and hub.calls[-1][1]["revision"] == revision
-    card = (checkpoint / "README.md").read_text()
-    assert card.startswith("---\nbase_model: org/base\n") and "| wikitext-2 | | 12.3 |" in card
-    recipe = Recipe.load(checkpoint / "vptq_recipe.json")
-    assert f'"tokens": {recipe.tokens}' in card and "14 linear layers" in card
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ("license: mit", ["license: mit"]),
-        (
-            "license: other\nlicense_name: llama3.1\nlicense_link: LICENSE",
-            ["license: other", "license_name: llama3.1", "license_link: {link}"],
-        ),
-        ("license_link: https://a.b/c\nlicense: other", ["license: other", "license_link: https://a.b/c"]),
-        ("language: [en]", ["license: from-config"]),
-        ("license: [broken", ["license: from-config"]),
-        (None, ["license: from-config"]),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("hub", [False, True], ids=["directory", "hub"])
-def test_a_card_has_the_license_of_the_original(
-    fine: Path, tmp_path: Path, monkeypatch: Any, said: str | None, expected: list[str], hub: bool
-) -> None:
-    checkpoint, original = Path(shutil.copytree(fine, tmp_path / "copy")), tmp_path / "original"
-    config = json.loads((checkpoint / "config.json").read_text()) | {"license": "from-config"}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    original.mkdir()
-    if said is not None:
-        (original / "README.md").write_text(f"---\n{said}\n---\ntext")
-    if hub:
-        load = ModelCard.load
-        monkeypatch.setattr(ModelCard, "load", lambda name: load({"org/base": original / "README.md"}[name]))
-    name = "org/base" if hub else str(original)
-    link = "https://huggingface.co/org/base/blob/main/LICENSE" if hub else "LICENSE"
-    front = model_card(checkpoint, name, []).split("---\n")[1].splitlines()
-    assert [line for line in front if line.startswith("license")] == [line.format(link=link) for line in expected]
-    assert "pipeline_tag: text-generation" in front
-
-
-def test_a_card_without_a_license_has_none_and_says_how_to_install(fine: Path) -> None:
-    card = model_card(fine, "org/base", [])
-    front = yaml.safe_load(card.split("---\n")[1])
-    assert front.keys() == {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"}
-    assert '    pip install -e ".[gpu]"' in card and "pip install vllm-vptq" not in card
-
-
-def test_what_cannot_be_uploaded(fine: Path, tied: Path, tmp_path: Path) -> None:
-    class Refusing(FakeHub):
-        def create_repo(self, *_: Any, **__: Any) -> None:
-            raise RuntimeError("no such user\nmore")  # the hub client has errors of many kinds
-
-    checkpoint, api = Path(shutil.copytree(fine, tmp_path / "copy")), FakeHub()
-    for match, hub, folder, results in [
-        ("no such user$", Refusing(), checkpoint, []),
-        ("expected NAME=VALUE", api, checkpoint, ["great"]),
-    ]:
-        given: Any = hub
-        with pytest.raises(QuantizeError, match=match):
-            upload(given, folder, "me/model", "org/base", results, None, True)
-    (checkpoint / "parts").mkdir()
-    with pytest.raises(QuantizeError, match="unfinished"):
-        upload(api, checkpoint, "me/model", "org/base", [], None, True)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"config\.json"):
-        model_card(tied, "org/base", [])
-    assert not api.calls

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quantize.evaluate import evaluation_text
