@@ -1,4 +1,4 @@
-"""Finds or builds CUDA code behind a C interface: no torch headers, compiled by nvcc, when installing or at first use."""
+"""Finds or builds CUDA code behind a C interface: no torch headers; nvcc compiles it on install or at first use."""
 
 from __future__ import annotations
 
