@@ -122,11 +122,14 @@ class Rule(_Strict):
     outlier_centroids: Centroids | None = None
 
 
+_Rate = Annotated[float | None, Field(gt=0, lt=1, description="by default by the bits: training.py")]
+
+
 class BlockTuning(_Strict):
     """Training a block: how far and how fast, the rate being the first step's size relative to what it changes."""
 
     steps: Annotated[int, Field(ge=0, description="of 2048 calibration tokens; 0 for none")] = 0
-    rate: Annotated[float, Field(gt=0, lt=1)] = 5e-3
+    rate: _Rate = None
 
 
 class Finetuning(_Strict):
@@ -134,7 +137,7 @@ class Finetuning(_Strict):
 
     steps: Annotated[int, Field(ge=0, description="0 for none")] = 0
     tokens: Annotated[int, Field(ge=32, description="calibration tokens a step")] = 512
-    rate: Annotated[float, Field(gt=0, lt=1)] = 5e-3
+    rate: _Rate = None
 
 
 class Recipe(LayerRecipe):

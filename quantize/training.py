@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,24 @@ from quantize.finetune import Training, replace_linears, trainable, tune_block, 
 from quantize.model import Batch, Block
 from quantize.plan import Plan
 from quantize.run import Run, tuned_part
-from vllm_vptq.format import dequantize
+from vllm_vptq.format import LayerSpec, dequantize
 
 _CHECKPOINT_SECONDS = 120.0
+_RATE, _RATE_BITS = 5e-3, 2.25
 _KEPT_BYTES = 8
 """Of a decoded weight, in float32 and as the product takes it, where it is kept for the backward pass."""
+
+
+def first_rate(asked: float | None, specs: Sequence[LayerSpec]) -> float:
+    """The rate that a recipe asks for; else 0.005, halved with every index bit a weight beyond 2.25 on average.
+
+    What books leave of a weight halves with every bit; steps that mend more than they spoil at 2 bits do not at 4.
+    """
+    if asked is not None:
+        return asked
+    weights = [math.prod(spec.shape) for spec in specs]
+    indices = sum(spec.total_bits / spec.vector_len * count for spec, count in zip(specs, weights, strict=True))
+    return _RATE * min(1.0, 2.0 ** (_RATE_BITS - indices / sum(weights)))
 
 
 def finetune_block(
@@ -33,7 +46,8 @@ def finetune_block(
     replace_linears(copy_.module, ((name.removeprefix(prefix), module) for name, module in coded.items()))
     copy_.module.float()  # what is left dense, beside norms that are trained in float32
     settings = run.recipe.finetune_blocks
-    training = Training(trainable(copy_.module), settings.rate, settings.steps)
+    specs = [module.spec for module in coded.values()]
+    training = Training(trainable(copy_.module), first_rate(settings.rate, specs), settings.steps)
     with repeatable_gradients(run.device):
         errors = tune_block(lambda j: batches[j].ordinary(i).run(i, copy_.module), wanted, training)
     parameters = {f"{prefix}{name}": parameter for name, parameter in training.parameters.items()}
@@ -104,7 +118,8 @@ def _finetune_model(run: Run, plan: Plan) -> None:
         if trained is not None and name.rpartition(".")[0] not in coded:  # a norm
             parameter.data = trained.to(run.device, copy=True)
     settings = run.recipe.finetune
-    training = Training(trainable(student), settings.rate, settings.steps)
+    specs = list(plan.specs.values())
+    training = Training(trainable(student), first_rate(settings.rate, specs), settings.steps)
     if "training" in run.parts:
         training.load(run.parts.load("training"))
     saved = time.monotonic()

@@ -14,7 +14,8 @@ from quantize.finetune import Training, replace_linears, trainable, tune_model
 from quantize.recipe import LayerRecipe, Recipe
 from quantize.solver import Solution, solve
 from quantize.sums import IndexedSums
-from vllm_vptq.format import dequantize
+from quantize.training import first_rate
+from vllm_vptq.format import LayerSpec, dequantize
 
 
 def coded(layer: LayerRecipe, out: int = 21, columns: int = 40) -> tuple[CodedLinear, Solution]:
@@ -117,6 +118,17 @@ def divergence(student: nn.Module, teacher: nn.Module, ids: torch.Tensor) -> flo
     with torch.no_grad():
         a, b = (torch.log_softmax(model(ids).logits, -1) for model in (teacher, student))
     return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+def test_steps_are_smaller_where_books_leave_less() -> None:
+    def spec(v: int, k: int, columns: int = 512) -> LayerSpec:
+        return LayerSpec(columns, 64, v, k, 0)
+
+    assert first_rate(0.25, [spec(2, 256)]) == 0.25
+    assert first_rate(None, [spec(8, 256), spec(4, 256)]) == 0.005
+    assert first_rate(None, [spec(2, 256)]) == pytest.approx(0.005 * 2**-1.75)
+    assert first_rate(None, [spec(2, 256), spec(8, 256)]) == pytest.approx(0.005 * 2**-0.25)
+    assert first_rate(None, [spec(2, 256, 1536), spec(8, 256)]) == pytest.approx(0.005 * 2**-1)  # by weights
 
 
 def test_training_brings_the_student_to_its_teacher_on_other_text() -> None:
