@@ -78,8 +78,6 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[bool]:
     blocks = [] if whole else [block.module for block in decoder_blocks(model)]
     with streamed(model, blocks, device):
         yield whole
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps for itself would not count as room for the next
 
 
 def windows_at_once(model: nn.Module, context: int, device: torch.device) -> int:
