@@ -12,7 +12,7 @@ import typer
 
 from benchmarks.shapes import SHAPES, Shape
 from vllm_vptq.format import LayerSpec, parse_format
-from vllm_vptq.layouts.memory import LAYOUTS, measure, module_of
+from vllm_vptq.layouts.memory import LAYOUTS, measure, module_of, norm_bytes
 
 MODELS = ("Llama-3.1-8B", "Qwen2.5-14B", "Llama-3.1-70B", "Qwen2.5-72B", "Mistral-Large-2407")
 FORMATS = (
@@ -26,13 +26,13 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), 
 
 def weights(shape: Shape, format_name: str) -> dict[str, int]:
     """Bytes of all weights of a model in each layout; layouts that are the same as a smaller one are there too."""
-    total = dict.fromkeys(LAYOUTS, 0)
+    total, books = dict.fromkeys(LAYOUTS, 0), parse_format(format_name)
     for names in FUSED:
         sizes = [size for name, size in shape.linears().items() if name.endswith(names)]
-        specs = [LayerSpec(inputs, outputs, *parse_format(format_name)) for outputs, inputs in sizes]
+        specs = [LayerSpec(inputs, outputs, *books, enable_norm=True) for outputs, inputs in sizes]
         layer = measure([module_of(spec) for spec in specs], LAYOUTS).nbytes
         layer.setdefault("aligned", layer["stationary"])
-        norms = sum(2 * 4 * inputs for _, inputs in sizes)
+        norms = sum(map(norm_bytes, specs))
         for layout in LAYOUTS:
             total[layout] += shape.layers * (layer[layout] + norms)
     return {layout: size + unquantized(shape) for layout, size in total.items()}

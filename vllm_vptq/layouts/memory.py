@@ -71,6 +71,11 @@ def module_of(spec: LayerSpec) -> ModuleShard:
     return ModuleShard(outputs, columns, tuple(segments))
 
 
+def norm_bytes(spec: LayerSpec) -> int:
+    """Of a module's scale and shift, which every layout holds in float32."""
+    return 2 * 4 * spec.shape[1 - spec.norm_dim] if spec.enable_norm else 0
+
+
 def resident_bytes(specs: Iterable[LayerSpec]) -> dict[str, int]:
     """Bytes that a GPU holds of whole modules in each layout: indices, books, norms and column lists.
 
@@ -80,10 +85,9 @@ def resident_bytes(specs: Iterable[LayerSpec]) -> dict[str, int]:
     for spec, count in Counter(specs).items():
         module = module_of(spec)
         sizes = measure([module], LAYOUTS).nbytes
-        norm = 2 * 4 * spec.shape[1 - spec.norm_dim] if spec.enable_norm else 0
         columns = 4 * module.in_features if len(module.segments) > 1 else 0
         for layout in LAYOUTS:
-            totals[layout] += count * (sizes.get(layout, sizes[STATIONARY]) + norm + columns)
+            totals[layout] += count * (sizes.get(layout, sizes[STATIONARY]) + norm_bytes(spec) + columns)
     return totals
 
 
