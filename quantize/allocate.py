@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from quantize.errors import QuantizeError
 from quantize.plan import total_bits
-from quantize.recipe import LayerRecipe, Recipe
+from quantize.recipe import BYTE_BOOK, LayerRecipe, Recipe
 from vllm_vptq.format import effective_bits
 
 # How far k-means books stay behind the rate-distortion bound of a Gaussian source, in dB, by vector length and index
@@ -33,7 +33,6 @@ _RESIDUAL_GAPS = {
 }
 _BYTE_GAPS = {3: 4.67, 5: 2.97, 7: 2.17, 12: 1.33, 16: 1.09}
 """Of two books of 256 entries, for vector lengths that are otherwise not chosen; measured in the same way."""
-_BYTE = 256
 _LEAST_VECTORS = 4
 """Vectors a centroid must have on average: with fewer, books learn them by heart, at the price of storing them."""
 
@@ -41,7 +40,7 @@ _LEAST_VECTORS = 4
 def distortion(v: int, k: int, r: int) -> float:
     """Mean squared error of k-means books on a Gaussian source of variance 1, by interpolation of measured ones."""
     bits = math.log2(k * max(r, 1)) / v
-    if v in _BYTE_GAPS and k == r == _BYTE:
+    if v in _BYTE_GAPS and k == r == BYTE_BOOK:
         return float(4**-bits * 10 ** (_BYTE_GAPS[v] / 10))
     points = (_RESIDUAL_GAPS if r else _GAPS)[v]
     (b0, g0), (b1, g1) = points[0], points[-1]
@@ -88,7 +87,7 @@ def choices(
 def possible_books(recipe: Recipe) -> list[tuple[int, int, int]]:
     """Vector lengths with the sizes of a main and a residual book, 0 for none, that a recipe allows."""
     if recipe.books == "bytes":
-        return [(v, _BYTE, _BYTE) for v in sorted(_RESIDUAL_GAPS.keys() | _BYTE_GAPS.keys())]
+        return [(v, BYTE_BOOK, BYTE_BOOK) for v in sorted(_RESIDUAL_GAPS.keys() | _BYTE_GAPS.keys())]
     sizes = [1 << bits for bits in range(2, 17) if 1 << bits <= recipe.largest_book]
     found = [(v, k, 0) for v in _GAPS for k in sizes if 1 <= math.log2(k) / v <= 8]
     if recipe.residual_books:

@@ -69,6 +69,10 @@ def _source(value: str) -> str:
 Source = Annotated[str, AfterValidator(_source)]
 
 
+BYTE_BOOK = 256
+"""Entries of a book whose indices are bytes."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -191,7 +195,7 @@ class Recipe(LayerRecipe):
         if self.books == "bytes":
             if self.bits is None:
                 raise ValueError("books bytes are for bits; give some")
-            if not self.residual_books or self.largest_book < 256:
+            if not self.residual_books or self.largest_book < BYTE_BOOK:
                 raise ValueError("books bytes are pairs of 256; leave residual_books and largest_book as they are")
         return self
 

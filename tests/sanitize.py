@@ -21,8 +21,7 @@ import torch
 from quantize import native
 from quantize.columns import code_block_torch, sweep_block_torch
 from quantize.kmeans import Books, assign_torch
-from tests.strategies import spec_extras
-from tests.test_gpu import DEVICE, Layer, poison, rms
+from tests.test_gpu import DEVICE, EXTRAS, Layer, poison, rms
 from vllm_vptq import gpu
 from vllm_vptq.build import cuda_extension
 from vllm_vptq.format import LayerSpec, parse_format
@@ -32,7 +31,6 @@ from vllm_vptq.layouts.stationary import Gpu
 NO_GPU, NO_KERNELS = 2, 4
 SMALL_SHARED_BYTES = 99 << 10
 """Of cards without warp groups, on which ``resident.cuh`` serves."""
-EXTRAS = spec_extras(num_outlier_centroids=700)
 WEIGHT = 0
 """As a count of tokens: the layer's weight is decoded, and nothing multiplied."""
 BOOKS = [(8, 4096, 0), (4, 256, 16), (8, 16384, 0), (4, 16384, 16)]
