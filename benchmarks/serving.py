@@ -108,6 +108,10 @@ def plan() -> list[Entry]:
         Entry("8b", DENSE, 15.0, few, dtype="bfloat16"),
         Entry("8b", "v8-k65536-0", 7.3, few, "stationary", dtype="bfloat16"),
         Entry("8b", "v8-k256-256", 3.6, few, "stationary", dtype="bfloat16"),
+        Entry("8b", DENSE, 7.8, few, tp=2),
+        Entry("8b", W4A16, 3.2, few, tp=2),
+        Entry("8b", "v8-k256-256", 2.3, few, "stationary", tp=2),
+        Entry("8b", "v8-k65536-0", 4.2, few, "stationary", tp=2),
     ]
 
 
@@ -124,15 +128,14 @@ class Placed:
 
 
 def waves(entries: list[Entry], cards: int, per_card: int, card_gib: float) -> list[list[Placed]]:
-    """Who runs at a time: in order, on the card with most room; several cards, or a room, are for one engine alone."""
+    """Who runs at a time: in order, on the cards with most room; one that asks for the room of a card has it alone."""
     made: list[list[Placed]] = []
     free: list[float] = []
     count: list[int] = []
     for entry in entries:
-        alone = entry.tp > 1 or entry.room
         need = entry.gib + KV_GIB + OTHER_GIB
-        open_cards = [c for c in range(len(free)) if count[c] < (1 if alone else per_card) and free[c] >= need]
-        if not made or len(open_cards) < entry.tp or alone != (made[-1][0].entry.tp > 1 or made[-1][0].entry.room):
+        open_cards = [c for c in range(len(free)) if count[c] < (1 if entry.room else per_card) and free[c] >= need]
+        if not made or len(open_cards) < entry.tp or entry.room != made[-1][0].entry.room:
             made.append([])
             free, count, open_cards = [card_gib * USABLE] * cards, [0] * cards, list(range(cards))
         chosen = sorted(open_cards, key=lambda c: (-free[c], c))[: entry.tp]

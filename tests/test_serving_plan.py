@@ -47,7 +47,7 @@ def test_engines_at_a_time_fit_their_cards(cards, per_card):
         for card in range(cards):
             here = [placed.entry for placed in wave if card in placed.cards]
             assert len(here) <= per_card and sum(entry.gib + serving.KV_GIB for entry in here) < CARD
-            assert len(here) == 1 or not any(entry.room or entry.tp > 1 for entry in here)
+            assert len(here) == 1 or not any(entry.room for entry in here)
         assert all(len(placed.cards) == placed.entry.tp for placed in wave)
     assert len(made) == len(entries) or cards * per_card > 1
 
