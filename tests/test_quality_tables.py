@@ -1,0 +1,137 @@
+"""Tables of quality in docs/quantizing.md: every row says what a row of a results file does.
+
+Where a row may come from is read from the document. The paragraph before a table links its files; if it links none, all
+count that were linked before. A row whose name ends in a mark is of the file that is linked after this mark. Which
+evaluation it is, its tokens and the original's perplexity, says the last paragraph that has both ("40,920 tokens ...
+perplexity is 24.46"). Bits, perplexity and the method, if the row names one, then tell which row of the files it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+
+from tests.tiny import ROOT
+
+TEXT = (ROOT / "docs" / "quantizing.md").read_text(encoding="utf8")
+MARKS = "†‡§¶"
+LINK = re.compile(rf"([{MARKS}])|\(\.\./benchmarks/results/(quality-[\w.-]+\.json)\)")
+EVALUATION = re.compile(r"([\d,]+) tokens.*?perplexity\s(?:there\s)?is\s(\d+\.\d+)", re.DOTALL)
+METHODS = {"`fast`": "fast", "`balanced`": "balanced", "`best`": "best", "`paper`": "paper",
+           "`gptvq-like`": "gptvq-like", "GPTQ": "gptq", "round to nearest": "rtn"}  # fmt: skip
+# What a column says of a row of results, and of the row of `paper` on the same text whose bits are nearest.
+COLUMNS = {
+    "effective bits": lambda row, paper: row["effective_bits"],
+    "perplexity": lambda row, paper: row["perplexity"],
+    "times the original's": lambda row, paper: row["perplexity"] / row["original_perplexity"],
+    "excess": lambda row, paper: _excess(row),
+    "less than `paper`": lambda row, paper: 100 * (1 - _excess(row) / _excess(paper)) if paper else math.nan,
+    "KL": lambda row, paper: row["divergence"],
+    "seconds": lambda row, paper: row["quantize_s"],
+    "CPU seconds": lambda row, paper: row.get("quantize_cpu_s", math.nan),
+}
+# Cells that no file keeps, by the names of their rows.
+UNKEPT = {
+    ("GPTQ, 2 bits", "15,000 to 23,000"): "of five runs, of which one was kept",
+    ("GPTQ, 2 bits", "6.4 to 6.8"): "of the same runs",
+    ("`balanced` †", "107"): "242 in the file, less the 135 for which it was stopped",
+}
+
+
+def test_every_row_is_one_of_the_files():
+    rows = list(_rows(TEXT))
+    assert len(rows) > 50
+    problems = [
+        f"docs/quantizing.md:{place}: {name}: {problem}"
+        for place, name, cells, results in rows
+        if (problem := _problem(name, cells, results))
+    ]
+    assert not problems, "\n".join(problems)
+    assert UNKEPT.keys() <= {(name, cell) for _, name, cells, _ in rows for cell in cells.values()}
+
+
+def test_the_table_of_corrections():
+    """Its rows are on the held-out text, its columns the shares in their recipes."""
+    before, heading, rest = TEXT.partition("| `fast` | effective bits | KL with no correction | half |")
+    results = [row for _, row in _linked(before) if row["text"] == "held-out.txt"]
+    lines = rest.partition("\n\n")[0].splitlines()[2:]
+    assert heading and len(lines) == 4
+    for line in lines:
+        name, bits, *cells = _cells(line)
+        for share, cell in zip((0, 0.5, 0.75, 1), cells, strict=True):
+            found = [
+                row["divergence"] for row in results
+                if name.lower().startswith(row["model"]) and _says(bits, row["effective_bits"])
+                and row["recipe"].get("correction", 0) == share
+                and ("tokens" in row["recipe"]) == ("131,072 calibration tokens" in name)
+            ]  # fmt: skip
+            assert [_says(cell, value) for value in found] == [True] * bool(cell), (line, share, found)
+
+
+def _rows(text: str) -> Iterator[tuple[int, str, dict[str, str], list[tuple[str, dict]]]]:
+    """Of every row of the tables its line, its name, its other cells, and the results that it may be."""
+    place, before, own, evaluation = 1, [], [], None
+    for block in text.split("\n\n"):
+        head, *lines = block.splitlines()
+        if not head.startswith("|"):
+            own = _linked(block)
+            before += own
+            evaluation = EVALUATION.search(block) or evaluation
+        elif "| effective bits | perplexity |" in head:
+            assert evaluation, f"docs/quantizing.md:{place}: of how many tokens, and what is the original's perplexity?"
+            results = [
+                (mark, row) for mark, row in own or before
+                if _says(evaluation[1], row["tokens"] // row["context"] * (row["context"] - 1))
+                and _says(evaluation[2], row["original_perplexity"])
+            ]  # fmt: skip
+            for below, line in enumerate(lines[1:], 2):
+                (_, name), *cells = zip(_cells(head), _cells(line), strict=True)
+                yield place + below, name, dict(cells), results
+        place += block.count("\n") + 2
+
+
+def _linked(paragraph: str) -> list[tuple[str, dict]]:
+    """The rows of the files that a paragraph links, with the mark before the link."""
+    rows, mark = [], ""
+    for found in LINK.finditer(paragraph):
+        mark = found[1] or mark
+        if found[2]:
+            results = json.loads((ROOT / "benchmarks" / "results" / found[2]).read_text())
+            rows += [(mark, row | {"file": found[2]}) for row in results["rows"]]
+    return rows
+
+
+def _problem(name: str, cells: dict[str, str], results: list[tuple[str, dict]]) -> str:
+    """What keeps a row from being one of the results, nothing if it is one."""
+    cells = {column: cell for column, cell in cells.items() if cell and (name, cell) not in UNKEPT}
+    mark = name[-1] if name[-1] in MARKS else ""
+    methods = {None, *(method for words, method in METHODS.items() if words in name)}
+    papers = [row for _, row in results if row.get("method") == "paper"]
+    problem = f"bits, perplexity and method are none of {sorted({row['file'] for own, row in results if own == mark})}"
+    for own, row in results:
+        if own != mark or (methods != {None} and row.get("method") not in methods):
+            continue
+        paper = min(papers, key=lambda paper: abs(paper["effective_bits"] - row["effective_bits"]), default=None)
+        values = {column: COLUMNS[column](row, paper) for column in cells}
+        wrong = {column: value for column, value in values.items() if not _says(cells[column], value)}
+        if not wrong:
+            return ""
+        if not wrong.keys() & {"effective bits", "perplexity"}:
+            problem = f"{row['file']} has {wrong}"
+    return problem
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def _says(cell: str, value: float) -> bool:
+    """Whether a cell is the value, rounded to its digits; halves either way."""
+    figure = re.fullmatch(r"([\d,]+(?:\.(\d+))?)(?: %|x)?", cell)
+    return figure is not None and abs(float(figure[1].replace(",", "")) - value) <= 0.5001 * 10 ** -len(figure[2] or "")
+
+
+def _excess(row: dict) -> float:
+    return math.log(row["perplexity"] / row["original_perplexity"])
