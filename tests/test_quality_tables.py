@@ -124,7 +124,7 @@ def _problem(name: str, cells: dict[str, str], results: list[tuple[str, dict]]) 
 
 
 def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.split("|")[1:-1]]
+    return [cell.strip(" *") for cell in line.split("|")[1:-1]]
 
 
 def _says(cell: str, value: float) -> bool:
