@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -133,6 +134,24 @@ def test_tables_of_kernels_give_geometric_means_of_the_rows(norm, dtype, heading
             assert len(own) == 8
             mean = math.exp(sum(math.log(r["dense_us"] / r["us"]) for r in own) / len(own))
             assert f"{mean:.2f}" in cells[tokens], (cells["format"], tokens, mean)
+
+
+def test_the_table_of_crossovers_gives_geometric_means_of_the_rows():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "crossovers-2026-11-29-h200.json").read_text())["rows"]
+    calls = {(row["format"], row["layer"], row["tokens"]): row for row in rows}
+    text = (ROOT / "docs" / "kernels.md").read_text().partition("| class | measured on")[2].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()[2:]]
+    assert {line[0] for line in lines} == {row["format"] for row in rows}
+    for name, _, *cells in lines:
+        for tokens, cell in zip((128, 256, 384), cells, strict=True):
+            assert calls[name, "8B o", tokens]["direct"] >= tokens
+            speedups = []
+            for layer in {row["layer"] for row in rows}:
+                looked_up, many = calls[name, layer, tokens], calls[name, layer, 1024]
+                dense = looked_up["dense_us"]
+                speedups.append((dense / looked_up["us"], dense / (dense + many["us"] - many["dense_us"])))
+            means = [statistics.geometric_mean(column) for column in zip(*speedups, strict=True)]
+            assert cell == " / ".join(f"{mean:.2f}" for mean in means), (name, tokens)
 
 
 def test_serving_tables():
