@@ -61,9 +61,11 @@ COLD_BYTES = 200 << 20
 
 @dataclass
 class Layer:
-    """A layer in one layout; ``copies`` of its tensors, that none is found in a cache."""
+    """A layer in one layout, whose weights are looked up for up to ``direct`` tokens; ``copies`` of its tensors, that
+    none is found in a cache."""
 
     layout: choice.LayerLayout
+    direct: int
     copies: list[dict[str, Tensor | None]]
     bits: float
 
@@ -114,7 +116,7 @@ def build(shards: list[ModuleShard], dtype: torch.dtype, layout: str, direct_tok
     copies = [tensors]
     for _ in range(min(40, COLD_BYTES // size + 1)):
         copies.append({name: None if t is None else t.clone() for name, t in tensors.items()})
-    return Layer(made, copies, size * 8 / made.weights)
+    return Layer(made, direct, copies, size * 8 / made.weights)
 
 
 @cache
@@ -221,6 +223,7 @@ def measure(arguments: argparse.Namespace, save: Callable[[Rows], None]) -> Rows
                     row = dict(
                         format=name, layer=shape, out_features=sum(outs), in_features=inputs, tokens=tokens,
                         dtype=arguments.dtype, norm=arguments.norm, groups=arguments.groups, layout=layout,
+                        direct=layer.direct,
                         bits_per_weight=round(layer.bits, 3), us=round(us, 2),
                         dense_us=round(dense[key], 2), speedup=round(dense[key] / us, 3),
                         tera_weights_per_s=round(sum(outs) * inputs / us / 1e6, 3), **percent,

@@ -3,11 +3,13 @@
 # of kernels a run, each with a time limit, several at once. Ends with a table; exit code 1 unless all are clean.
 # Kernels that this GPU does not have are left out ("not on this GPU"), but something must have been clean.
 #   scripts/sanitize.sh [--list] [--tool memcheck|racecheck] [--limit SECONDS] [--jobs N] [FAMILY...]
-# To be run in the environment that vllm-vptq is installed in; PYTHON and COMPUTE_SANITIZER name others than the path's.
+# To be run in the environment that vllm-vptq is installed in, with its extra `test`; PYTHON and COMPUTE_SANITIZER name
+# others than the path's.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
 python=$(command -v "${PYTHON:-python}") || die "no ${PYTHON:-python}; activate the environment that vllm-vptq is installed in, or set PYTHON"
+"$python" -c 'import pytest, hypothesis' 2>/dev/null || die "no pytest or no hypothesis for $python; pip install -e '.[test]' in its environment"
 tools=(memcheck racecheck) limit=300 parallel=4 chosen=()
 while [[ $# -gt 0 ]]; do
   case $1 in

@@ -170,6 +170,15 @@ def is_one_line_about(error: VPTQFormatError, name: str) -> bool:
     return str(error).startswith(f"{name}: ") and error.module == name and len(str(error).splitlines()) == 1
 
 
+PUBLIC_FORMATS = (
+    "v8-k65536-65536", "v8-k65536-4096", "v8-k65536-256", "v8-k65536-4", "v8-k65536-0", "v8-k32768-0", "v8-k16384-0",
+    "v8-k4096-0", "v8-k1024-512", "v8-k512-512", "v8-k256-256", "v12-k65536-4096", "v16-k65536-65536",
+    "v16-k65536-32768", "v16-k65536-16384", "v16-k65536-4096", "v16-k65536-1024", "v16-k65536-256", "v16-k65536-128",
+    "v16-k65536-64", "v16-k32768-32768",
+)  # fmt: skip
+"""Of the checkpoints that the reference's README lists."""
+
+
 def spec_extras(num_outlier_centroids: int) -> dict[str, dict[str, object]]:
     """What a LayerSpec may have besides its books, by name; the outliers' book is of the given size."""
     outliers = dict(outlier_size=12, outlier_vector_len=4, num_outlier_centroids=num_outlier_centroids)

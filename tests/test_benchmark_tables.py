@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -111,28 +112,48 @@ def _figures_are_in(text: str, name: str, format_name: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "dtype", "heading"),
+    ("file", "norm", "dtype", "heading"),
     [
-        (False, "float16", "bits a weight, resident | 1 token"),
-        (True, "float16", "1 token | 8 | 16 | 32 | 64 | 128 | 1024"),
-        (False, "bfloat16", "1 token | 8 | 16 | 64 | 1024"),
+        ("h200", False, "float16", "| format | bits a weight, resident | 1 token"),
+        ("h200", True, "float16", "| format | 1 token | 8 | 16 | 32 | 64 | 128 | 1024"),
+        ("h200", False, "bfloat16", "| format | 1 token | 8 | 16 | 64 | 1024"),
+        ("h200-bytes", True, "float16", "| two books of bytes | 1 token | 8 | 32 | 64"),
     ],
 )
-def test_tables_of_kernels_give_geometric_means_of_the_rows(norm, dtype, heading):
-    results = json.loads((ROOT / "benchmarks" / "results" / "kernels-2026-11-29-h200.json").read_text())
+def test_tables_of_kernels_give_geometric_means_of_the_rows(file, norm, dtype, heading):
+    results = json.loads((ROOT / "benchmarks" / "results" / f"kernels-2026-11-29-{file}.json").read_text())
     rows = [r for r in results["rows"] if (r["norm"], r["dtype"], r["layout"]) == (norm, dtype, "stationary")]
-    table = (ROOT / "docs" / "kernels.md").read_text().partition(f"| format | {heading}")
+    table = (ROOT / "docs" / "kernels.md").read_text().partition(heading)
     assert table[2]
     head, _, *lines = (table[1] + table[2]).partition("\n\n")[0].splitlines()
     columns = [cell.strip().removesuffix(" token") for cell in head.split("|")]
     assert len(lines) == len({row["format"] for row in rows})
     for line in lines:
         cells = dict(zip(columns, line.split("|"), strict=True))
+        name = line.split("|")[1].strip()
         for tokens in filter(str.isdigit, columns):
-            own = [r for r in rows if (r["format"], r["tokens"]) == (cells["format"].strip(), int(tokens))]
+            own = [r for r in rows if (r["format"], r["tokens"]) == (name, int(tokens))]
             assert len(own) == 8
             mean = math.exp(sum(math.log(r["dense_us"] / r["us"]) for r in own) / len(own))
-            assert f"{mean:.2f}" in cells[tokens], (cells["format"], tokens, mean)
+            assert f"{mean:.2f}" in cells[tokens], (name, tokens, mean)
+
+
+def test_the_table_of_crossovers_gives_geometric_means_of_the_rows():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "crossovers-2026-11-29-h200.json").read_text())["rows"]
+    calls = {(row["format"], row["layer"], row["tokens"]): row for row in rows}
+    text = (ROOT / "docs" / "kernels.md").read_text().partition("| class | measured on")[2].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()[2:]]
+    assert {line[0] for line in lines} == {row["format"] for row in rows}
+    for name, _, *cells in lines:
+        for tokens, cell in zip((128, 256, 384), cells, strict=True):
+            assert calls[name, "8B o", tokens]["direct"] >= tokens
+            speedups = []
+            for layer in {row["layer"] for row in rows}:
+                looked_up, many = calls[name, layer, tokens], calls[name, layer, 1024]
+                dense = looked_up["dense_us"]
+                speedups.append((dense / looked_up["us"], dense / (dense + many["us"] - many["dense_us"])))
+            means = [statistics.geometric_mean(column) for column in zip(*speedups, strict=True)]
+            assert cell == " / ".join(f"{mean:.2f}" for mean in means), (name, tokens)
 
 
 def test_serving_tables():

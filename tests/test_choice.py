@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,7 +115,7 @@ def test_float32_is_an_error_on_a_gpu(monkeypatch):
 
 
 def test_crossovers_are_numbers_for_every_class():
-    classes = {"compact", "resident", "far"}
+    classes = {"compact", "bytes", "shorts", "shorts and more", "far", "far and more"}
     assert {"default", "9.0"} <= choice._crossovers().keys()
     for name, table in choice._crossovers().items():
         assert set(table) == classes, name
@@ -134,16 +135,31 @@ def test_every_crossover_says_where_it_was_measured_or_that_it_was_not():
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        (LayerSpec(96, 40, 8, 256, 16), "resident"),
-        (LayerSpec(96, 40, 8, 8192), "resident"),
-        (LayerSpec(96, 40, 12, 256, 256), "resident"),
-        (LayerSpec(96, 40, 16, 16384), "far"),
-        (LayerSpec(96, 40, 8, 256, 16384), "far"),
-        (LayerSpec(96, 40, 12, 65536), "far"),
+        (LayerSpec(96, 40, 8, 256, 16), "bytes"),
+        (LayerSpec(96, 40, 16, 256), "bytes"),
+        (LayerSpec(96, 40, 7, 256, 256), "shorts"),  # a plane that is not full
+        (LayerSpec(96, 40, 8, 8192), "shorts"),
+        (LayerSpec(96, 40, 6, 4096), "shorts"),
+        (LayerSpec(96, 40, 12, 256, 256), "shorts and more"),
+        (LayerSpec(96, 40, 12, 4096), "shorts and more"),
+        (LayerSpec(96, 40, 8, 512, 512), "shorts and more"),
+        (LayerSpec(96, 40, 8, 16384), "far"),
+        (LayerSpec(96, 40, 8, 256, 16384), "far and more"),
+        (LayerSpec(96, 40, 8, 65536, 4), "far and more"),
+        (LayerSpec(96, 40, 12, 65536), "far and more"),
+        (LayerSpec(100, 40, 8, 256, 256, num_outlier_centroids=512, outlier_size=4, outlier_vector_len=4), "shorts"),
     ],
 )
 def test_crossover_class(spec, expected):
     assert stationary.crossover_class(shards(spec)) == expected
+
+
+def test_crossover_class_of_several_modules_is_that_of_the_largest_book():
+    plain, small = shards(LayerSpec(96, 40, 8, 65536)), shards(LayerSpec(96, 40, 8, 256, 256))
+    residual = shards(LayerSpec(96, 40, 8, 65536, 4))
+    assert stationary.crossover_class(small + plain) == "far"
+    assert stationary.crossover_class(residual + plain) == "far and more"
+    assert stationary.crossover_class([replace(small[0], segments=())]) == "bytes"  # nothing to look up
 
 
 def test_crossovers_from_measurements():
@@ -167,29 +183,49 @@ def test_crossovers_from_measurements():
     assert crossovers(rows) == {"compact": 8, "far": (16 + 80) // 2}
 
 
+def test_crossovers_take_calls_of_several_launches_where_they_were_measured():
+    call = dict(layout="stationary", format="v8-k65536", layer="8B o", dense_us=10.0)
+    rows = [dict(call, tokens=t, us=us) for t, us in ((8, 10.0), (64, 40.0), (128, 60.0), (1024, 110.0))]
+    assert crossovers(rows) == {"far": 128 + 64}  # 60 + 40; 60 + 60 is more than decoding's 110
+    measured = dict(call, tokens=256, us=105.0)
+    assert crossovers([*rows, measured]) == {"far": 128 + 64}, "that call may have been decoded"
+    assert crossovers([*rows, measured | {"direct": 200}]) == {"far": 128 + 64}
+    assert crossovers([*rows, measured | {"direct": 512}]) == {"far": 256}
+
+
 def test_a_new_row_of_crossovers_says_where_it_was_measured(tmp_path):
     call = dict(layout="stationary", format="v8-k4096", layer="8B o", dense_us=10.0, commit="abc")
     result = {"gpu": "NVIDIA B200", "date": "2027-01-02", "rows": [dict(call, tokens=64, us=0.5)]}
     result["rows"].append(dict(call, tokens=1024, us=40.0))
     (tmp_path / "kernels.json").write_text(json.dumps(result))
-    default = {"tokens": {"compact": 5, "resident": 48, "far": 32}, "assumed": "not measured"}
-    (tmp_path / "table.json").write_text(json.dumps({"default": default}))
-    make_crossovers(["10.0", str(tmp_path / "kernels.json"), "--table", str(tmp_path / "table.json")])
-    assert json.loads((tmp_path / "table.json").read_text()) == {
-        "default": default,
-        "10.0": {
-            "tokens": {"compact": 5, "resident": 1024, "far": 32},
-            "measured": {"resident": "NVIDIA B200, 2027-01-02, abc"},
-        },
-    }
+    default = {"tokens": {"compact": 5, "shorts": 48, "far": 32}, "assumed": "not measured"}
+    measured = {"shorts": "NVIDIA B200, 2027-01-02, abc"}
+    before = {"tokens": {"compact": 6, "shorts": 64, "small": 7}, "measured": {"compact": "an older run", "small": ""}}
+    for table, tokens, origins in (
+        ({}, {"compact": 5, "shorts": 1024, "far": 32}, measured),
+        ({"10.0": before}, {"compact": 6, "shorts": 1024, "far": 32}, {"compact": "an older run"} | measured),
+    ):
+        (tmp_path / "table.json").write_text(json.dumps({"default": default} | table))
+        make_crossovers(["10.0", str(tmp_path / "kernels.json"), "--table", str(tmp_path / "table.json")])
+        found = json.loads((tmp_path / "table.json").read_text())
+        assert found == {"default": default, "10.0": {"tokens": tokens, "measured": origins}}
+
+
+def test_the_h200s_row_is_what_its_measurements_make_it():
+    """All classes but ``compact``, which is of an older run."""
+    folder = Path(__file__).parent.parent / "benchmarks" / "results"
+    made = crossovers(json.loads((folder / "crossovers-2026-11-29-h200.json").read_text())["rows"])
+    row = choice._crossovers()["9.0"]
+    assert made == {name: tokens for name, tokens in row.items() if name != "compact"}
+    assert min(made.values()) >= 128
 
 
 def test_crossover_where_looking_up_always_pays_or_never():
     call = dict(layout="stationary", format="v8-k4096", layer="8B o", dense_us=10.0)
     slow, quick = (dict(call, tokens=64, us=us) for us in (90.0, 0.5))
     many = dict(call, tokens=1024, us=40.0)
-    assert crossovers([slow, many]) == {"resident": 0}
-    assert crossovers([quick, many]) == {"resident": 1024}
+    assert crossovers([slow, many]) == {"shorts": 0}
+    assert crossovers([quick, many]) == {"shorts": 1024}
 
 
 def test_resident_bytes_are_logged_with_the_last_layer(caplog):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.shards import fused_layer
-from tests.strategies import spec_extras
+from tests.strategies import PUBLIC_FORMATS, spec_extras
 from tests.test_conditioned import between_0_and_1
 from vllm_vptq import gpu
 from vllm_vptq.format import LayerSpec, dequantize, parse_format
@@ -48,10 +48,22 @@ FORMATS = {
     "v5-k1024": dict(vector_len=5, num_centroids=1024),
     "v20-k512-4": dict(vector_len=20, num_centroids=512, num_res_centroids=4),
 }
+# Public checkpoints' others, which are as those above but for the sizes of their books.
+OTHERS = {
+    name: dict(zip(("vector_len", "num_centroids", "num_res_centroids"), parse_format(name), strict=True))
+    for name in PUBLIC_FORMATS
+    if name.removesuffix("-0") not in FORMATS
+}
 EXTRAS = spec_extras(num_outlier_centroids=700)
-# Where no book needs lists, the aligned layout is the stationary one.
-LISTED = [name for name, spec in FORMATS.items() if max(spec.values()) > SLICE_ROWS]
-EACH = [(name, layout) for name in FORMATS for layout in LAYOUTS if layout != "aligned" or name in LISTED]
+
+
+def in_each_layout(formats: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
+    """Where no book needs lists, the aligned layout is the stationary one."""
+    listed = {name for name, sizes in formats.items() if max(sizes.values()) > SLICE_ROWS}
+    return [(name, layout) for name in formats for layout in LAYOUTS if layout != "aligned" or name in listed]
+
+
+EACH = in_each_layout(FORMATS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,6 +149,15 @@ def test_formats(name, layout, extra):
         layer = Layer([LayerSpec(in_features, 117, **FORMATS[name], **extras)], dtype, layout)
         for count in TOKENS:
             layer.check(layer.tokens(count))
+
+
+@pytest.mark.parametrize(("name", "layout"), in_each_layout(OTHERS))
+def test_other_public_formats(name, layout):
+    layer = Layer([LayerSpec(264, 72, **OTHERS[name], **EXTRAS["column norm"])], torch.bfloat16, layout)
+    for count in (1, 8, 13, 60, 140, 300):
+        layer.check(layer.tokens(count))
+    weight = gpu.lookup_weight(**layer.layout.tensors(), plan=layer.plan)
+    torch.testing.assert_close(weight.double(), layer.weight, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("kib", [99, 163])

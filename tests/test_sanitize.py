@@ -194,6 +194,16 @@ def test_kernels_that_the_gpu_lacks_are_left_out_but_not_all(environment: dict[s
     assert none.returncode == 1 and "error: nothing was watched: this GPU has no kernels of these" in none.stderr
 
 
+def test_without_the_packages_of_tests_it_says_how_to_install_them(environment: dict[str, str], tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    done = call(environment, "--list")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        f"error: no pytest or no hypothesis for {python}; pip install -e '.[test]' in its environment\n"
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_lists_and_refuses(environment: dict[str, str]):
     environment["PYTHON"] = sys.executable

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.kernels64 import Kernels, decoded_by
 from tests.packers import OWN_SHARED_BYTES, SLICE_ROWS, Plan, flat
 from tests.shards import CPU, drawn_part, fused_layer
-from tests.strategies import few, random_tensors, spec_extras, specs
+from tests.strategies import PUBLIC_FORMATS, few, random_tensors, spec_extras, specs
 from vllm_vptq.format import LayerSpec, dequantize, parse_format
 from vllm_vptq.layouts import compact, stationary
 from vllm_vptq.layouts.flat import alike
@@ -84,6 +84,11 @@ def test_formats(name, extra):
     extras = EXTRAS[extra]
     spec = LayerSpec(300 + extras.get("outlier_size", 0), 61, **FORMATS[name], **extras)
     check(*fused_layer([spec]))
+
+
+@pytest.mark.parametrize("name", PUBLIC_FORMATS)
+def test_public_formats(name):
+    check(*fused_layer([LayerSpec(264, 72, *parse_format(name), enable_norm=True)]))
 
 
 def check_any(spec: LayerSpec, seed: int, processors: int, dtype: torch.dtype, data: st.DataObject) -> None:

@@ -25,6 +25,7 @@ from vllm_vptq.layouts.flat import LINE_BYTES, Flat, alike
 from vllm_vptq.layouts.passes import (
     COLUMNS_PER_LOAD,
     SHARED_BYTES,
+    SLICE_BITS,
     SLICE_ROWS,
     TILE_COLUMNS,
     NormPlace,
@@ -195,12 +196,22 @@ def _gathered(packed: Packed) -> int:
 def crossover_class(shards: Sequence[ModuleShard]) -> str:
     """Which entry of crossovers.json applies to a layer with or without lists: that of its largest book."""
     segments = [segment for shard in shards for segment in shard.segments]
-    return class_of(1 << max((max(s.index_bits, s.res_bits) for s in segments), default=0))
+    found = [(max(s.index_bits, s.res_bits), s.vector_len, min(s.index_bits, s.res_bits)) for s in segments]
+    larger, vector_len, smaller = max(found, default=(0, 8, 0))
+    return class_of(vector_len, larger, smaller)
 
 
-def class_of(entries: int) -> str:
-    """The class of a layer whose largest book has ``entries`` entries."""
-    return "far" if entries > SLICE_ROWS else "resident"
+def class_of(vector_len: int, larger_bits: int, smaller_bits: int) -> str:
+    """The class of a layer, by the bits of an index into its larger and its smaller book; 0 if that is none.
+
+    ``bytes`` are those whose vectors fill their planes: with others they are no faster than ``shorts``. These and
+    ``far`` take one look-up a vector; where it is several, of planes or of a residual book, it is ``and more``.
+    """
+    small = larger_bits <= 8
+    if small and vector_len % 8 == 0:
+        return "bytes"
+    name = "far" if larger_bits > SLICE_BITS else "shorts"
+    return name if vector_len <= 8 and (small or not smaller_bits) else f"{name} and more"
 
 
 @dataclass(frozen=True)
