@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from benchmarks.shapes import SHAPES, Shape
 from quantize import native
 from quantize.blocks import quantize_block
-from quantize.devices import be_deterministic, choose_devices, peak_host_memory
+from quantize.devices import be_deterministic, choose_devices, forget_peaks, peak_host_memory, total_peak
 from quantize.drift import Original
 from quantize.estimate import planned
 from quantize.model import decoder_blocks, first_inputs
@@ -208,7 +208,7 @@ def coded_block(
     on_gpu = device.type == "cuda"
     for each in devices if on_gpu else []:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(each)
+        forget_peaks(each)
     before = host_memory()
     with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder) / "out", {})
@@ -226,10 +226,10 @@ def coded_block(
             steps[step] += spent
     in_layers = seconds.pop("layers")
     by_step = {**seconds, **steps, "saving": max(0.0, in_layers * len(devices) - sum(r["seconds"] for r in records))}
-    gpu = {
-        "gpu_gib": round(max(torch.cuda.max_memory_allocated(each) for each in devices) / _GIB, 2),
-        "gpu_reserved_gib": round(max(torch.cuda.max_memory_reserved(each) for each in devices) / _GIB, 2),
-    }
+    gpu: dict[str, float] = {}
+    if on_gpu:
+        held, reserved = (max(peaks) for peaks in zip(*map(total_peak, devices), strict=True))
+        gpu = {"gpu_gib": round(held / _GIB, 2), "gpu_reserved_gib": round(reserved / _GIB, 2)}
     row = {
         "effective_bits": round(plan.bits, 4),
         "weights_per_block": plan.weights,
@@ -238,7 +238,7 @@ def coded_block(
         "block_s": round(total, 2),
         "model_min": round(total * shape.layers / 60, 1),
         "steps_s": {step: round(spent, 2) for step, spent in by_step.items() if len(devices) == 1 or step != "saving"},
-        **(gpu if on_gpu else {}),
+        **gpu,
         "host_gib": round(peak_host_memory() / _GIB, 2),
         "host_gib_before": round(before / _GIB, 2),
         "layers": [

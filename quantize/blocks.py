@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.devices import Clock, peak_memory, resident
+from quantize.devices import Clock, peak_memory, resident, start_peak
 from quantize.drift import Original, corrected, drift
 from quantize.errors import QuantizeError
 from quantize.model import Batch, Block
@@ -172,8 +172,9 @@ def coded_layer(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A layer's tensors, on the CPU, and its record."""
+    """A layer's tensors, on the CPU, and its record; its peak of memory is its own on a GPU, see ``peak_memory``."""
     started = time.perf_counter()
+    start_peak(device)
     try:
         solution = solve(target.to(device), moment.to(device), layer, recipe, dtype)
     except QuantizeError as error:

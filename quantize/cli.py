@@ -134,7 +134,12 @@ def evaluate(
         int | None, typer.Option(help="Tokens in a window [1024, or the models' positions].", min=2)
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to use.", min=2)] = 40960,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of the LM Evaluation Harness, by commas.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of the LM Evaluation Harness (extra eval), by commas: arc_easy,piqa.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="What runs the tasks: transformers; or vllm (extra gpu or cpu), which serves the model.")
+    ] = "transformers",
     limit: Annotated[int | None, typer.Option(help="Examples of each task [all].")] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Keep the results in the VPTQ checkpoints, for the card that push writes.")
@@ -147,28 +152,28 @@ def evaluate(
 ) -> None:
     """Prints the perplexity of each model, its ratio to the first, and its divergence from the first.
 
-    A model that is too large for the GPU visits it block by block.
+    A model that is too large for the GPU visits it block by block. Perplexity and divergence are computed by
+    transformers, tasks too unless --engine says vllm. Examples:
+
+        vptq-quantize eval MODEL DIR --text wikitext2 --record
+
+        vptq-quantize eval MODEL DIR --tasks arc_easy,piqa --engine vllm --dtype auto
     """
     from quantize.devices import choose_devices
-    from quantize.evaluate import (
-        context_of,
-        evaluation_text,
-        load_any,
-        on_device,
-        require_harness,
-        score,
-        task_scores,
-        windows_at_once,
-    )
+    from quantize.evaluate import context_of, evaluation_text, load_any, on_device, score, windows_at_once
     from quantize.report import Report
     from quantize.results import add_results, require_checkpoint
+    from quantize.tasks import require_harness, served_task_scores, task_scores
 
     chosen = None if dtype == "auto" else _dtype(dtype, "auto")
     place = choose_devices(device or "auto")[0]
     if record and len(models) == 1:
         raise QuantizeError("--record keeps how a VPTQ checkpoint differs from its original; give that first, then it")
-    if tasks:
-        require_harness()
+    wanted = tasks.split(",") if tasks else []
+    if wanted:
+        require_harness(engine)
+    elif engine != "transformers":
+        raise QuantizeError(f"--engine {engine} is for --tasks; perplexity is computed by transformers")
     body = evaluation_text(text)
     source = "Python's language reference" if text is None else Path(text).name
     for name in models[1:] if record else []:
@@ -176,6 +181,10 @@ def evaluate(
     window = context_of(models, context, trust_remote_code)
     first: Any = None
     with Report(_console) as report, contextlib.ExitStack() as present:
+        served: dict[str, dict[str, float]] = {}
+        for name in models if wanted and engine == "vllm" else []:  # now, while the GPU is empty
+            report.stage(f"tasks on {name} in vLLM")
+            served[name] = served_task_scores(name, wanted, limit, dtype, trust_remote_code)
         model: Any = None
         for name in models:
             model = tokenizer = None  # but for the first, which stays, only one is on the host
@@ -186,7 +195,10 @@ def evaluate(
                 whole = (present if first is None else visit).enter_context(on_device(model, place))
                 at_once = 1 if whole else windows_at_once(model, window, place)
                 found = score(model, tokenizer, body, window, tokens, report.progress, reference, at_once)
-                scores = task_scores(model, tokenizer, tasks.split(","), limit, at_once) if tasks else {}
+                if wanted and engine == "transformers":
+                    scores = task_scores(model, tokenizer, wanted, limit, at_once)
+                else:
+                    scores = {f"{task}, vLLM": value for task, value in served.get(name, {}).items()}
             where = f"on {source}, {found.tokens} tokens in windows of {window}"
             where += "" if dtype == "float32" else f", {str(model.dtype).removeprefix('torch.')}"
             if first is None:

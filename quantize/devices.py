@@ -206,11 +206,41 @@ class Clock:
         self.seconds[step] += time.perf_counter() - started
 
 
+_earlier: dict[torch.device, tuple[int, int]] = {}
+"""Peaks of GPUs, held and reserved, from before torch's counters were last set back."""
+
+
+def start_peak(device: torch.device) -> None:
+    """Has :func:`peak_memory` count from here on: what follows has a peak of its own. On CPUs nothing.
+
+    One piece of work on a GPU at a time can have one; GPUs do not mind each other.
+    """
+    if device.type == "cuda":
+        torch.cuda.init()  # which setting counters back does not do by itself
+        _earlier[device] = total_peak(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
-    """The most memory held so far, bytes: on a GPU its own, else the process's."""
+    """The most memory held, bytes: on a GPU its own since :func:`start_peak`, what was there before included.
+
+    On CPUs the process's so far, which nothing sets back.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_host_memory()
+
+
+def total_peak(device: torch.device) -> tuple[int, int]:
+    """The most memory of a GPU that tensors held and that torch reserved since :func:`forget_peaks`, bytes."""
+    held, reserved = _earlier.get(device, (0, 0))
+    return max(held, torch.cuda.max_memory_allocated(device)), max(reserved, torch.cuda.max_memory_reserved(device))
+
+
+def forget_peaks(device: torch.device) -> None:
+    """Has :func:`total_peak` of a GPU count from here on."""
+    start_peak(device)
+    _earlier.pop(device, None)
 
 
 def peak_host_memory() -> int:

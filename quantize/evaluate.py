@@ -16,13 +16,11 @@ from quantize.devices import fits, free_memory, streamed
 from quantize.errors import QuantizeError
 from quantize.export import dense_tensors, read_config
 from quantize.model import decoder_blocks, loading
-from vllm_vptq.extras import how_to_install
 from vllm_vptq.format import VPTQFormatError, is_vptq_section
 from vllm_vptq.hub import checkpoint_folder
 
 _CONTEXT = 1024
 _WINDOWS = 8
-_ACCURACIES = ("acc_norm,none", "acc,none", "exact_match,strict-match")
 
 
 def load_any(
@@ -90,14 +88,14 @@ def windows_at_once(model: nn.Module, context: int, device: torch.device) -> int
     return max(1, min(_WINDOWS, free_memory(device) // 2 // (logits + activations)))
 
 
-def context_of(models: Sequence[str], asked: int | None, trust: bool = False) -> int:
-    """Tokens in a window that every model has positions for: those asked for, or up to 1024.
+def context_of(models: Sequence[str], asked: int | None, trust: bool = False, most: int = _CONTEXT) -> int:
+    """Tokens in a window that every model has positions for: those asked for, or up to ``most``.
 
     Reads configurations only. QuantizeError for a model without one, and if more are asked for than one has.
     """
     from transformers import AutoConfig
 
-    context = asked or _CONTEXT
+    context = asked or most
     for name in models:
         with loading(name):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
@@ -187,42 +185,3 @@ def score(
 def perplexity(model: nn.Module, tokenizer: Any, text: str, context: int = 1024, tokens: int = 40960) -> float:
     """exp of the mean negative log likelihood over non-overlapping windows, the first token of each aside."""
     return score(model, tokenizer, text, context, tokens).perplexity
-
-
-def require_harness() -> None:
-    """QuantizeError without the LM Evaluation Harness, which the extra ``eval`` installs."""
-    try:
-        import lm_eval.models.huggingface  # noqa: F401
-    except ImportError as error:
-        raise QuantizeError(f"--tasks needs the LM Evaluation Harness: {how_to_install('eval')}") from error
-
-
-def task_scores(
-    model: nn.Module, tokenizer: Any, tasks: list[str], limit: int | None, at_once: int = 1
-) -> dict[str, float]:
-    """What the LM Evaluation Harness (https://github.com/EleutherAI/lm-evaluation-harness) finds, zero shot.
-
-    ``at_once`` requests go through the model in a pass.
-    A task's accuracy by its name; all metrics, with theirs, of tasks that have none. QuantizeError for tasks that the
-    harness doesn't know.
-    """
-    require_harness()
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    try:
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=at_once)
-        results = simple_evaluate(harness, tasks=tasks, limit=limit)["results"]
-    except (KeyError, ValueError) as error:
-        raise QuantizeError(f"tasks {', '.join(tasks)}: {' '.join(str(error).split())}") from error
-    scores: dict[str, float] = {}
-    for task, values in results.items():
-        accuracy = next((values[key] for key in _ACCURACIES if key in values), None)
-        if accuracy is not None:
-            scores[task] = float(accuracy)
-            continue
-        for key, value in values.items():
-            metric, _, kind = key.partition(",")
-            if isinstance(value, (int, float)) and kind and not metric.endswith("_stderr"):
-                scores[f"{task} {metric}" + ("" if kind == "none" else f" ({kind})")] = float(value)
-    return scores

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.coded import CodedLinear
-from quantize.devices import free_memory, peak_memory, repeatable_gradients, resident
+from quantize.devices import free_memory, peak_memory, repeatable_gradients, resident, start_peak
 from quantize.finetune import Training, replace_linears, trainable, tune_block, tune_model
 from quantize.model import Batch, Block
 from quantize.plan import Plan
@@ -41,6 +41,7 @@ def finetune_block(
 ) -> tuple[float, float]:
     """Trains a coded block towards ``wanted``, its original output for each batch; the result is a part."""
     prefix, started = f"{block.name}.", time.perf_counter()
+    start_peak(run.device)
     copy_ = Block(block.name, copy.deepcopy(block.module), {})
     coded = _coded_linears(run, plan, [name for name in block.linears if name in plan.specs])
     replace_linears(copy_.module, ((name.removeprefix(prefix), module) for name, module in coded.items()))
@@ -107,6 +108,7 @@ def finetune_model(run: Run, plan: Plan) -> None:
 
 
 def _finetune_model(run: Run, plan: Plan) -> None:
+    start_peak(run.device)
     coded = _coded_linears(run, plan, list(plan.specs))
     with torch.no_grad():
         student = _copy_without(run.model, coded)

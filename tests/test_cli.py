@@ -232,6 +232,8 @@ def test_eval_refuses_before_anything_is_evaluated(
         ("absent", tied, tmp_path / "absent"),
         ("absent.txt", tied, "--text", tmp_path / "absent.txt"),
         ("LM Evaluation Harness", tied, "--tasks", "piqa"),
+        ("engine jax, expected one of transformers, vllm", tied, "--tasks", "piqa", "--engine", "jax"),
+        ("--engine vllm is for --tasks", tied, "--engine", "vllm"),
     ]:
         code, out, err = call("eval", *words)
         assert code == 1 and not out and one_line(err).startswith("error: ") and match in one_line(err), (words, err)
@@ -258,8 +260,8 @@ def test_eval_keeps_the_first_model_and_one_more(
         return model, tokenizer
 
     monkeypatch.setattr(evaluate, "load_any", watched)
-    monkeypatch.setattr(evaluate, "require_harness", lambda: None)
-    monkeypatch.setattr(evaluate, "task_scores", lambda *words: batches.append(words[-1]) or {})
+    monkeypatch.setattr("quantize.tasks.require_harness", lambda _: None)
+    monkeypatch.setattr("quantize.tasks.task_scores", lambda *words: batches.append(words[-1]) or {})
     for fit in (True, False):
         monkeypatch.setattr(evaluate, "fits", lambda *_, fit=fit: fit)
         monkeypatch.setattr("quantize.devices.fits", lambda *_, fit=fit: fit)

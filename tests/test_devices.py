@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quantize import devices, estimate, pipeline
-from quantize.devices import Clock, choose_devices, fits, free_memory, resident, share, streamed
+from quantize import blocks, devices, estimate, pipeline
+from quantize.devices import (
+    Clock,
+    choose_devices,
+    fits,
+    forget_peaks,
+    free_memory,
+    peak_memory,
+    resident,
+    share,
+    streamed,
+    total_peak,
+)
 from quantize.errors import QuantizeError
 from quantize.evaluate import load_any
 from quantize.model import decoder_blocks, first_inputs, load_shapes
@@ -193,3 +208,61 @@ def test_what_torch_keeps_for_itself_is_free(monkeypatch: pytest.MonkeyPatch) ->
     assert fits(model, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 320)
     assert not fits(model, torch.device("cuda"))
+
+
+class Memory:
+    """Of GPUs that are not there: what torch counts of it, set back as torch does, to what is held."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.held, self.peak = Counter[torch.device](), Counter[torch.device]()
+        for name, function in {
+            "init": lambda: None,
+            "device": lambda _: contextlib.nullcontext(),
+            "max_memory_allocated": lambda device: self.peak[device],
+            "max_memory_reserved": lambda device: 2 * self.peak[device],
+            "reset_peak_memory_stats": lambda device: self.peak.update({device: self.held[device] - self.peak[device]}),
+            "synchronize": lambda _: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        monkeypatch.setattr(devices, "_earlier", {})
+
+    def take(self, size: int, device: torch.device) -> None:
+        """Allocates, or gives back."""
+        self.held[device] += size
+        self.peak[device] = max(self.peak[device], self.held[device])
+
+
+def test_every_layer_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the GPU it is coded on, while another codes others; and the peak of all is there as well."""
+    memory, gpus = Memory(monkeypatch), [torch.device("cuda", 0), torch.device("cuda", 1)]
+    both = threading.Barrier(2)
+
+    def solve(size: int, device: torch.device, *_: Any) -> Any:
+        memory.take(size << 20, device)
+        both.wait(timeout=20)  # held on both at once
+        memory.take(-size << 20, device)
+        return SimpleNamespace(tensors={}, spec=None, error=0.0, steps={}, seconds={})
+
+    monkeypatch.setattr(blocks, "solve", solve)
+    monkeypatch.setattr(blocks, "effective_bits", lambda _: 2.0)
+    for gpu in gpus:
+        memory.take(900 << 20, gpu)
+        memory.take(-900 << 20, gpu)
+        forget_peaks(gpu)
+    memory.take(100 << 20, gpus[0])  # the block
+    sizes = {"up": 40, "gate": 30, "k": 20, "v": 10}
+    nothing: Any = None
+    jobs = []
+    for name, size in sizes.items():
+        target = SimpleNamespace(to=lambda _, size=size: size)
+        moment = SimpleNamespace(to=lambda device: device)
+        jobs.append((float(size), partial(blocks.coded_layer, target, name, nothing, moment, nothing, nothing)))
+    peaks = {record["layer"]: record["peak_mib"] for _, record in share(gpus, jobs)}
+    assert peaks == {"up": 140, "gate": 30, "k": 20, "v": 110}
+    assert [total_peak(gpu) for gpu in gpus] == [(140 << 20, 280 << 20), (30 << 20, 60 << 20)]
+
+
+def test_a_processs_peak_is_not_set_back() -> None:
+    before = peak_memory(CPU)
+    devices.start_peak(CPU)
+    assert peak_memory(CPU) >= before > 0

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
-from quantize import blocks, evaluate, pipeline, sensitivity
+from quantize import blocks, pipeline, sensitivity
 from quantize.errors import QuantizeError
 from quantize.estimate import estimate, planned
-from quantize.evaluate import load_any, on_device, score, task_scores, windows_at_once
+from quantize.evaluate import load_any, on_device, score, windows_at_once
 from quantize.model import load_shapes
 from quantize.parts import Parts
 from quantize.plot import draw
@@ -405,38 +405,3 @@ def test_a_checkpoint_in_its_own_dtype(untied: Path, tied: Path, fine: Path) -> 
     ]
     rounded, exact = (load_any(str(fine), CPU, dtype)[0].state_dict() for dtype in (torch.bfloat16, torch.float32))
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
-
-
-def test_task_scores_come_from_the_harness(monkeypatch: Any) -> None:
-    asked: dict[str, Any] = {}
-
-    def simple_evaluate(model: Any, tasks: list[str], limit: int | None) -> dict[str, Any]:
-        asked.update(model=model, tasks=tasks, limit=limit)
-        if tasks == ["absent"]:
-            raise KeyError("absent")
-        other = {
-            "alias": "other",
-            "bleu,none": 1.0,
-            "bleu_stderr,none": 0.1,
-            "bits,flexible": 2,
-            "chrf_stderr,none": "N/A",
-        }
-        return {"results": {"piqa": {"acc,none": 0.5, "acc_norm,none": 0.75}, "other": other}}
-
-    harness, huggingface = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models.huggingface")
-    harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
-    huggingface.HFLM = lambda **options: tuple(options.values())  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lm_eval", harness)
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
-    model: Any = object()
-    assert task_scores(model, "tokenizer", ["piqa", "other"], 5, 8) == {
-        "piqa": 0.75,
-        "other bleu": 1.0,
-        "other bits (flexible)": 2.0,
-    }
-    assert asked == {"model": (model, "tokenizer", 8), "tasks": ["piqa", "other"], "limit": 5}
-    with pytest.raises(QuantizeError, match="absent"):
-        task_scores(model, "tokenizer", ["absent"], None)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(QuantizeError, match=r'pip install -e "\.\[eval\]" in the checkout'):
-        evaluate.task_scores(model, "tokenizer", ["piqa"], None)

@@ -65,9 +65,9 @@ def set_config(folder: Path, key: str, value: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "quantize.cli", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 def one_line(stderr: str) -> str:
