@@ -1,12 +1,12 @@
 """What books of each size leave of real layers, beside what ``quantize/allocate.py`` expects of them.
 
-    python -m benchmarks.books MODEL TEXT [--tokens 16384] [--layers 6]
+    python -m benchmarks.books MODEL TEXT [--preset fast] [--tokens 16384] [--layers 6]
 
 Some linears of a model are coded with every kind of books, on second moments of the original model, as ``fast`` codes
-them. A table says, in dB of the layer's loss, how far each kind is from what is expected, beside v3-k256 in the same
-layer, so that only differences between kinds count; the mean over the layers is what ``_ON_WEIGHTS`` holds once what
-few vectors a centroid bring (``_FITTING``, fitted along) is taken off. Rows go to
-``benchmarks/results/books-DATE-MODEL.json``.
+them, or ``paper``, whose pairs are chosen greedily. A table says, in dB of the layer's loss, how far each kind is from
+what is expected, beside v3-k256 in the same layer, so that only differences between kinds count; the mean over the
+layers is what ``_ON_WEIGHTS`` holds once what few vectors a centroid bring (``_FITTING``, fitted along) is taken off.
+Rows go to ``benchmarks/results/books-DATE-MODEL[-paper].json``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,8 @@ KINDS = [
     (2, 16, 0), (2, 32, 0), (2, 64, 0), (2, 128, 0), (2, 256, 0),
     (3, 64, 0), (3, 128, 0), (3, 256, 0), (3, 512, 0), (3, 1024, 0), (3, 2048, 0),
     (4, 256, 0), (4, 512, 0), (4, 1024, 0), (4, 4096, 0), (5, 1024, 0), (5, 4096, 0), (6, 4096, 0),
-    (4, 64, 32), (4, 64, 64), (4, 256, 64), (4, 256, 256), (6, 256, 64), (6, 256, 256),
-    (3, 256, 256), (5, 256, 256), (8, 256, 256), (8, 512, 512),
+    (4, 64, 32), (4, 64, 64), (4, 256, 16), (4, 256, 64), (4, 256, 256), (6, 256, 64), (6, 1024, 64), (6, 256, 256),
+    (3, 256, 256), (5, 256, 256), (8, 512, 64), (8, 256, 256), (8, 512, 512),
 ]  # fmt: skip
 REFERENCE = (3, 256, 0)
 LEAST_VECTORS = 8
@@ -49,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
+    parser.add_argument("--preset", choices=["fast", "paper"], default="fast")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--layers", type=int, default=6)
     arguments = parser.parse_args()
@@ -63,15 +66,21 @@ def main() -> None:
         weight = linears[name].weight.detach()
         if max(k, r) * LEAST_VECTORS > weight.numel() / v:
             continue
-        recipe = Recipe.load(None, "fast", vector_length=v, centroids=k, residual_centroids=r)
+        recipe = Recipe.load(None, arguments.preset, vector_length=v, centroids=k, residual_centroids=r)
         error = solve(weight.clone(), moments[name].clone(), recipe, recipe, torch.float16).error
         shape = dict(out_features=weight.shape[0], in_features=weight.shape[1])
         rows.append(dict(layer=name, **shape, v=v, k=k, r=r, error=float(f"{error:.4g}")))
-    about = {"model": Path(arguments.model).name, "text": arguments.text.name, "tokens": ids.numel()}
-    out = RESULTS / f"books-{date.today()}-{about['model']}.json"
+    about = {
+        "model": Path(arguments.model).name,
+        "text": arguments.text.name,
+        "tokens": ids.numel(),
+        "preset": arguments.preset,
+    }
+    name = [about["model"], *[arguments.preset] * (arguments.preset != "fast")]
+    out = RESULTS / f"books-{date.today()}-{'-'.join(name)}.json"
     out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     power, offsets = fit(rows)
-    show(rows, offsets)
+    show(rows, offsets, arguments.preset == "paper")
     print(f"power of the share of vectors beyond the centroids: {power:.2f}\n{out}")
 
 
@@ -106,7 +115,7 @@ def second_moments(model: nn.Module, linears: dict[str, nn.Linear], ids: Tensor)
     return {name: total / ids.numel() for name, total in sums.items()}
 
 
-def decibels(rows: list[dict[str, Any]], expected: Any) -> list[float]:
+def decibels(rows: list[dict[str, Any]], expected: Callable[[int, int, int, float], float]) -> list[float]:
     """Of every row's error over ``expected(v, k, r, vectors)``, beside the same of REFERENCE in its layer."""
 
     def ratio(row: dict[str, Any]) -> float:
@@ -139,13 +148,13 @@ def fit(rows: list[dict[str, Any]]) -> tuple[float, dict[tuple[int, int, int], f
     return float(solution[-1]), dict(zip(kinds, solution.tolist(), strict=False))
 
 
-def show(rows: list[dict[str, Any]], offsets: dict[tuple[int, int, int], float]) -> None:
+def show(rows: list[dict[str, Any]], offsets: dict[tuple[int, int, int], float], greedy: bool) -> None:
     """A line for every kind: from Gaussian books, from what ``allocate`` expects, and what the fit makes of it."""
     table = Table(box=None, header_style="bold")
     for name in ("books", "layers", "dB from Gaussian", "from expected", "fitted"):
         table.add_column(name, justify="left" if name == "books" else "right")
     plain = decibels(rows, lambda v, k, r, _: distortion(v, k, r))
-    expected = decibels(rows, expected_error)
+    expected = decibels(rows, partial(expected_error, greedy=greedy))
     for kind, offset in offsets.items():
         own = [i for i, row in enumerate(rows) if (row["v"], row["k"], row["r"]) == kind]
         means = (sum(values[i] for i in own) / len(own) for values in (plain, expected))

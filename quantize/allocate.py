@@ -46,9 +46,13 @@ _ON_WEIGHTS_RESIDUAL = {
     5: [(3.2, -0.2)],
     6: [(2.33, -0.05), (2.67, -0.15)],
 }
-_FITTING = 4
+_UNEQUAL = {4: -0.07, 5: -0.05, 6: -0.03}
+"""dB for every doubling of a main book over its residual book, by vector length: the nearer to a single book."""
+_GREEDY = 0.9
+"""dB that pairs lose when the main index is chosen without a look at the residual one, as VPTQ does."""
+_FITTING, _FITTING_UNREFINED = 4, 2
 """Power of the share of a layer's vectors that are more than its centroids, with which the error of books made for the
-layer falls: 4.1 in both models, where books of fresh vectors would have none."""
+layer falls, refined by least squares or, by VPTQ, not: 4.1 and 2.1; books of fresh vectors would have none."""
 _LEAST_VECTORS = 4
 """Vectors a centroid must have on average: with fewer, books learn them by heart, at the price of storing them."""
 
@@ -61,11 +65,17 @@ def distortion(v: int, k: int, r: int) -> float:
     return float(4**-bits * 10 ** (_at((_RESIDUAL_GAPS if r else _GAPS)[v], bits) / 10))
 
 
-def expected_error(v: int, k: int, r: int, vectors: float) -> float:
-    """Of a layer of so many vectors, coded with books of its own: in proportion to what the solver leaves of it."""
+def expected_error(v: int, k: int, r: int, vectors: float, greedy: bool = False) -> float:
+    """Of a layer of so many vectors, coded with books of its own: in proportion to what the solver leaves of it.
+
+    ``greedy``: by ``algorithm: vptq``, which chooses the indices of a pair one after the other and refines nothing.
+    """
     bits = math.log2(k * max(r, 1)) / v
     more = _at((_ON_WEIGHTS_RESIDUAL if r else _ON_WEIGHTS).get(v, [(bits, 0.0)]), bits)
-    return distortion(v, k, r) * 10 ** (more / 10) * max(0.0, 1 - (k + r) / vectors) ** _FITTING
+    if r:
+        more += _UNEQUAL.get(v, 0.0) * math.log2(k / r) + _GREEDY * greedy
+    power = _FITTING_UNREFINED if greedy else _FITTING
+    return distortion(v, k, r) * 10 ** (more / 10) * max(0.0, 1 - (k + r) / vectors) ** power
 
 
 def _at(points: list[tuple[float, float]], bits: float) -> float:
@@ -88,7 +98,11 @@ class Choice:
 
 
 def choices(
-    layer: LayerRecipe, shape: tuple[int, int], sensitivity: Mapping[bool, float], books: Sequence[tuple[int, int, int]]
+    layer: LayerRecipe,
+    shape: tuple[int, int],
+    sensitivity: Mapping[bool, float],
+    books: Sequence[tuple[int, int, int]],
+    greedy: bool = False,
 ) -> list[Choice]:
     """Every way to code a layer of ``shape`` that has a use, on the lower convex hull, smallest first.
 
@@ -105,7 +119,7 @@ def choices(
             sized = layer.model_copy(update={"vector_length": v, "centroids": k, "residual_centroids": r, "norm": norm})
             bits = effective_bits(sized.spec(*shape))
             if bits < 16:
-                found.append(Choice(sized, bits * weights, sensible * expected_error(v, k, r, count)))
+                found.append(Choice(sized, bits * weights, sensible * expected_error(v, k, r, count, greedy)))
     return _hull(found)
 
 
@@ -153,7 +167,9 @@ def allocate(
     fixed = {name: layer for name, layer in layers.items() if recipe.is_fixed(name)}
     budget -= sum(effective_bits(layer.spec(*shapes[n])) * math.prod(shapes[n]) for n, layer in fixed.items())
     books = possible_books(recipe)
-    open_ = {n: choices(layer, shapes[n], sensitivity[n], books) for n, layer in layers.items()}
+    open_ = {
+        n: choices(layer, shapes[n], sensitivity[n], books, recipe.algorithm == "vptq") for n, layer in layers.items()
+    }
     open_ = {name: hull for name, hull in open_.items() if name not in fixed and hull}
     at = dict.fromkeys(open_, 0)
     spent = sum(hull[0].size for hull in open_.values())
@@ -177,15 +193,15 @@ def _uniform(
     best: dict[str, LayerRecipe] = {}
     lowest = least = math.inf
     sizes = [math.prod(shapes[name]) for name in layers if not recipe.is_fixed(name)]
-    for v, k, r in possible_books(recipe):
+    for v, k, r in sorted(possible_books(recipe), key=lambda books: max(books[1:])):
         update = {"vector_length": v, "centroids": k, "residual_centroids": r}
         sized = {
             name: layer if recipe.is_fixed(name) else layer.model_copy(update=update) for name, layer in layers.items()
         }
         bits = total_bits({name: layer.spec(*shapes[name]) for name, layer in sized.items()})
         least = min(least, bits)
-        error = sum(expected_error(v, k, r, size / v) * size for size in sizes)
-        if bits <= recipe.bits and error < lowest:
+        error = sum(expected_error(v, k, r, size / v, recipe.algorithm == "vptq") * size for size in sizes)
+        if bits <= recipe.bits and error < 0.99 * lowest:  # for less, a book that is smaller and quicker to look up
             best, lowest = sized, error
     if not best:
         _refuse(recipe, least)

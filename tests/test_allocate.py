@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -49,17 +50,22 @@ def test_distortions_are_those_of_books(v: int, k: int, r: int) -> None:
     assert found == pytest.approx(distortion(v, k, r), rel=0.06)
 
 
-def test_what_is_expected_of_books_is_what_layers_of_two_models_gave() -> None:
-    """Within 0.25 dB for every kind of books, with at most a tenth of the vectors for centroids: 3 % of the loss."""
+@pytest.mark.parametrize(
+    ("models", "greedy", "power", "bound"),
+    [(("stories15m", "smollm2-135m"), False, 4, 0.2), (("stories15m-paper",), True, 2, 0.6)],
+)
+def test_what_is_expected_of_books_is_what_layers_gave(models: tuple[str], greedy: bool, power: int, bound: float):
+    """Within so many dB for every kind of books, where at most a tenth of the vectors are centroids."""
     found = defaultdict(list)
-    for model in ("stories15m", "smollm2-135m"):
+    for model in models:
         rows = json.loads((ROOT / f"benchmarks/results/books-2026-11-29-{model}.json").read_text())["rows"]
-        assert fit(rows)[0] == pytest.approx(4, abs=0.2)
-        for row, offset in zip(rows, decibels(rows, expected_error), strict=True):
+        assert fit(rows)[0] == pytest.approx(power, abs=0.2)
+        expected = partial(expected_error, greedy=greedy)
+        for row, offset in zip(rows, decibels(rows, expected), strict=True):
             if (row["k"] + row["r"]) * row["v"] * 10 <= row["out_features"] * row["in_features"]:
                 found[row["v"], row["k"], row["r"]].append(offset)
-    assert len(found) == 28
-    assert all(abs(statistics.mean(offsets)) < 0.25 for offsets in found.values()), found
+    assert len(found) >= 28
+    assert all(abs(statistics.mean(offsets)) < bound for offsets in found.values()), found
 
 
 def test_the_solver_bears_out_what_is_expected() -> None:
