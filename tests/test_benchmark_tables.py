@@ -65,6 +65,33 @@ def test_figures_that_were_measured_on_a_gpu():
     assert memory.rivals(shape)["16 bits"] / 2**30 == pytest.approx(14.958, rel=0.001)
 
 
+def test_ranks_take_what_the_document_says_and_what_two_gpus_held():
+    text = (ROOT / "docs" / "tensor-parallel.md").read_text()
+    for model in ("Llama-3.1-70B", "Qwen2.5-72B", "Mistral-Large-2407"):
+        assert memory.table(f" {model} ", {f"tp {tp}": (model, tp) for tp in (1, 2, 4, 8)}) in text
+    results = json.loads((ROOT / "benchmarks" / "results" / "serving-2026-11-29-h200-x2.json").read_text())
+    held = {(row["model"], row["format"]): row["weight_gib"] for row in results["models"] if row["tp"] == 2}
+    for model, name, format_name in (
+        ("70b-v8-k65536-0", "Llama-3.1-70B", "v8-k65536-0"),
+        ("8b-v8-k65536-0", "Llama-3.1-8B", "v8-k65536-0"),
+        ("8b-v8-k256-256", "Llama-3.1-8B", "v8-k256-256"),
+    ):
+        computed = memory.weights(SHAPES[name], format_name, 2)["stationary"] / 2**30
+        assert computed == pytest.approx(held[model, format_name], rel=0.005)
+
+
+def test_two_cards_have_the_figures_of_their_file():
+    text = (ROOT / "docs" / "tensor-parallel.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "serving-2026-11-29-h200-x2.json").read_text())
+    rows = [row for row in results["rows"] if row["tp"] == 2]
+    dense = {(row["shape"], row["batch"]): row["tokens_per_s"] for row in rows if row["kind"] == "dense"}
+    assert len(rows) == 22
+    for row in rows:
+        times = row["tokens_per_s"] / dense[row["shape"], row["batch"]]
+        words = f"{row['tokens_per_s']:,.0f}" + (f" ({times:.2f}x)" if row["kind"] != "dense" else " |")
+        assert words in text, row
+
+
 def test_a_70b_model_in_2_bits_is_what_it_promises():
     assert memory.weights(SHAPES["Llama-3.1-70B"], "v8-k65536")["compact"] <= 22e9
 
