@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.record import RESULTS
 from quantize.allocate import distortion, expected_error
+from quantize.hessian import SecondMoment
 from quantize.model import decoder_blocks
 from quantize.recipe import Recipe
 from quantize.solver import solve
@@ -98,29 +99,33 @@ def some_linears(model: nn.Module, count: int) -> dict[str, nn.Linear]:
 @torch.no_grad()
 def second_moments(model: nn.Module, linears: dict[str, nn.Linear], ids: Tensor) -> dict[str, Tensor]:
     """``E[x x^T]`` float32 ``[in_features, in_features]`` of each linear's input, by the original model."""
-    sums: dict[str, Tensor] = {}
-
-    def keep(name: str, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1])
-        sums[name] = sums.get(name, torch.zeros(())) + x.T @ x
-
+    moments = {name: SecondMoment(linear.in_features, linear.weight.device) for name, linear in linears.items()}
     hooks = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+        linear.register_forward_pre_hook(lambda _, args, moment=moments[name]: moment.add(args[0]))
         for name, linear in linears.items()
     ]
     for batch in ids.split(8):
         model(batch)
     for hook in hooks:
         hook.remove()
-    return {name: total / ids.numel() for name, total in sums.items()}
+    return {name: moment.mean() for name, moment in moments.items()}
+
+
+def vectors(row: dict[str, Any]) -> float:
+    """Of a row's layer."""
+    return row["out_features"] * row["in_features"] / row["v"]
+
+
+def gaussian(v: int, k: int, r: int, vectors: float) -> float:
+    """The error of books on a Gaussian source, which no count of vectors matters to."""
+    return distortion(v, k, r)
 
 
 def decibels(rows: list[dict[str, Any]], expected: Callable[[int, int, int, float], float]) -> list[float]:
     """Of every row's error over ``expected(v, k, r, vectors)``, beside the same of REFERENCE in its layer."""
 
     def ratio(row: dict[str, Any]) -> float:
-        vectors = row["out_features"] * row["in_features"] / row["v"]
-        return 10 * math.log10(row["error"] / expected(row["v"], row["k"], row["r"], vectors))
+        return 10 * math.log10(row["error"] / expected(row["v"], row["k"], row["r"], vectors(row)))
 
     reference = {row["layer"]: ratio(row) for row in rows if (row["v"], row["k"], row["r"]) == REFERENCE}
     return [ratio(row) - reference[row["layer"]] for row in rows]
@@ -137,13 +142,12 @@ def fit(rows: list[dict[str, Any]]) -> tuple[float, dict[tuple[int, int, int], f
     matrix = np.zeros((len(rows) + 2, slopes + len(layers) + 1))
     for line, row in zip(matrix, rows, strict=False):
         v, k, r = row["v"], row["k"], row["r"]
-        vectors = row["out_features"] * row["in_features"] / v
         line[kinds.index((v, k, r))] = line[levels + layers.index(row["layer"])] = 1
         line[slopes + layers.index(row["layer"])] = math.log2(k * max(r, 1)) / v - 8 / 3
-        line[-1] = 10 * math.log10(1 - (k + r) / vectors)
+        line[-1] = 10 * math.log10(1 - (k + r) / vectors(row))
     matrix[-2, kinds.index(REFERENCE)] = 100  # is 0
     matrix[-1, slopes:-1] = 100
-    values = [*decibels(rows, lambda v, k, r, _: distortion(v, k, r)), 0.0, 0.0]
+    values = [*decibels(rows, gaussian), 0.0, 0.0]
     solution = np.linalg.lstsq(matrix, np.array(values), rcond=None)[0]
     return float(solution[-1]), dict(zip(kinds, solution.tolist(), strict=False))
 
@@ -153,7 +157,7 @@ def show(rows: list[dict[str, Any]], offsets: dict[tuple[int, int, int], float],
     table = Table(box=None, header_style="bold")
     for name in ("books", "layers", "dB from Gaussian", "from expected", "fitted"):
         table.add_column(name, justify="left" if name == "books" else "right")
-    plain = decibels(rows, lambda v, k, r, _: distortion(v, k, r))
+    plain = decibels(rows, gaussian)
     expected = decibels(rows, partial(expected_error, greedy=greedy))
     for kind, offset in offsets.items():
         own = [i for i, row in enumerate(rows) if (row["v"], row["k"], row["r"]) == kind]

@@ -192,6 +192,7 @@ def _uniform(
     assert recipe.bits is not None
     best: dict[str, LayerRecipe] = {}
     lowest = least = math.inf
+    greedy = recipe.algorithm == "vptq"
     sizes = [math.prod(shapes[name]) for name in layers if not recipe.is_fixed(name)]
     for v, k, r in sorted(possible_books(recipe), key=lambda books: max(books[1:])):
         update = {"vector_length": v, "centroids": k, "residual_centroids": r}
@@ -200,8 +201,10 @@ def _uniform(
         }
         bits = total_bits({name: layer.spec(*shapes[name]) for name, layer in sized.items()})
         least = min(least, bits)
-        error = sum(expected_error(v, k, r, size / v, recipe.algorithm == "vptq") * size for size in sizes)
-        if bits <= recipe.bits and error < 0.99 * lowest:  # for less, a book that is smaller and quicker to look up
+        if bits > recipe.bits:
+            continue
+        error = sum(expected_error(v, k, r, size / v, greedy) * size for size in sizes)
+        if error < 0.99 * lowest:  # for less, a book that is smaller and quicker to look up
             best, lowest = sized, error
     if not best:
         _refuse(recipe, least)
