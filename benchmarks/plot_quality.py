@@ -3,13 +3,15 @@
     python -m benchmarks.plot_quality benchmarks/results/quality-DATE-MODEL.json [...] docs/quality.svg
 
 Of several files the rows are taken that have the model and the text of the first file's first row, as much of it and in
-windows as long. Of several rows of one method at one number of bits the last is taken.
+windows as long, and its perplexity of the original: texts of one name may differ. Of several rows of one method at one
+number of bits the last is taken.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -30,11 +32,16 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "vptq"  # or every drawing would differ in its ids
     matplotlib.rcParams["svg.fonttype"] = "none"  # letters, not their outlines: a file of half the size
     rows = [row for file in arguments.results for row in json.loads(file.read_text())["rows"] if "method" in row]
-    rows = [row for row in rows if all(row[name] == rows[0][name] for name in EVALUATION)]
+    original = rows[0]["original_perplexity"]
+    rows = [
+        row
+        for row in rows
+        if all(row[name] == rows[0][name] for name in EVALUATION)
+        and math.isclose(row["original_perplexity"], original, rel_tol=1e-3)
+    ]
     lines: dict[str, dict[float, float]] = defaultdict(dict)
     for row in rows:
         lines[row["method"]][row["effective_bits"]] = row["perplexity"]
-    original = rows[0]["original_perplexity"]
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for method, points in lines.items():
         axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=4, label=NAMES.get(method, method))
