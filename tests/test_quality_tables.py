@@ -21,22 +21,21 @@ LINK = re.compile(rf"([{MARKS}])|\(\.\./benchmarks/results/(quality-[\w.-]+\.jso
 EVALUATION = re.compile(r"([\d,]+) tokens.*?perplexity\s(?:there\s)?is\s(\d+\.\d+)", re.DOTALL)
 METHODS = {"`fast`": "fast", "`balanced`": "balanced", "`best`": "best", "`paper`": "paper",
            "`gptvq-like`": "gptvq-like", "GPTQ": "gptq", "round to nearest": "rtn"}  # fmt: skip
-# What a column says of a row of results, and of the row of `paper` on the same text whose bits are nearest.
+# What a column says of a row of results, and of the rows of `paper` on the same text.
 COLUMNS = {
-    "effective bits": lambda row, paper: row["effective_bits"],
-    "perplexity": lambda row, paper: row["perplexity"],
-    "times the original's": lambda row, paper: row["perplexity"] / row["original_perplexity"],
-    "excess": lambda row, paper: _excess(row),
-    "less than `paper`": lambda row, paper: 100 * (1 - _excess(row) / _excess(paper)) if paper else math.nan,
-    "KL": lambda row, paper: row["divergence"],
-    "seconds": lambda row, paper: row["quantize_s"],
-    "CPU seconds": lambda row, paper: row.get("quantize_cpu_s", math.nan),
+    "effective bits": lambda row, papers: row["effective_bits"],
+    "perplexity": lambda row, papers: row["perplexity"],
+    "times the original's": lambda row, papers: row["perplexity"] / row["original_perplexity"],
+    "excess": lambda row, papers: _excess(row),
+    "less than `paper`": lambda row, papers: _less(row, _paper_for(row, papers)),
+    "at equal bits": lambda row, papers: _less(row, _paper_between(row, papers)),
+    "KL": lambda row, papers: row["divergence"],
+    "CPU seconds": lambda row, papers: row.get("quantize_cpu_s", math.nan),
 }
 # Cells that no file keeps, by the names of their rows.
 UNKEPT = {
     ("GPTQ, 2 bits", "15,000 to 23,000"): "of five runs, of which one was kept",
     ("GPTQ, 2 bits", "6.4 to 6.8"): "of the same runs",
-    ("`balanced` †", "107"): "242 in the file, less the 135 for which it was stopped",
 }
 
 
@@ -55,7 +54,7 @@ def test_every_row_is_one_of_the_files():
 def test_the_table_of_corrections():
     """Its rows are on the held-out text, its columns the shares in their recipes."""
     before, heading, rest = TEXT.partition("| `fast` | effective bits | KL with no correction | half |")
-    results = [row for _, row in _linked(before) if row["text"] == "held-out.txt"]
+    results = [row for _, row in _linked(before.rstrip().rpartition("\n\n")[2]) if row["text"] == "held-out.txt"]
     lines = rest.partition("\n\n")[0].splitlines()[2:]
     assert heading and len(lines) == 4
     for line in lines:
@@ -68,6 +67,31 @@ def test_the_table_of_corrections():
                 and ("tokens" in row["recipe"]) == ("131,072 calibration tokens" in name)
             ]  # fmt: skip
             assert [_says(cell, value) for value in found] == [True] * bool(cell), (line, share, found)
+
+
+def test_the_table_of_what_allocation_brought():
+    """Excess and KL before and now, of rows of the same text, are in the files that its paragraph links."""
+    before, heading, rest = TEXT.partition("| | 2 bits | 2.25 | 2.5 | 3 | 4 |\n")
+    rows = [row for _, row in _linked(before.rpartition("What this brought")[2])]
+    same = ("model", "method", "context", "tokens", "original_perplexity")
+    lines = rest.partition("\n\n")[0].splitlines()[1:]
+    assert heading and len(lines) == 12
+    for line in lines:
+        name, *cells = _cells(line)
+        model, preset, column = name.split(", ")
+        for bits, cell in zip((2, 2.25, 2.5, 3, 4), cells, strict=True):
+            if not cell:
+                continue
+            rows_there = [
+                row for row in rows
+                if row.get("method") == METHODS[preset] and row["model"].startswith(model.lower())
+                and row["recipe"]["bits"] == bits
+            ]  # fmt: skip
+            (now,) = [row for row in rows_there if row["file"].endswith("-anew.json")]
+            earlier = [row for row in rows_there if row is not now and all(row[key] == now[key] for key in same)]
+            before_it, after = cell.split(" -> ")
+            assert _says(after, COLUMNS[column](now, [])), (line, bits)
+            assert any(_says(before_it, COLUMNS[column](row, [])) for row in earlier), (line, bits)
 
 
 def _rows(text: str) -> Iterator[tuple[int, str, dict[str, str], list[tuple[str, dict]]]]:
@@ -106,15 +130,17 @@ def _linked(paragraph: str) -> list[tuple[str, dict]]:
 def _problem(name: str, cells: dict[str, str], results: list[tuple[str, dict]]) -> str:
     """What keeps a row from being one of the results, nothing if it is one."""
     cells = {column: cell for column, cell in cells.items() if cell and (name, cell) not in UNKEPT}
+    asked = cells.pop("bits asked", None)
     mark = name[-1] if name[-1] in MARKS else ""
     methods = {None, *(method for words, method in METHODS.items() if words in name)}
-    papers = [row for _, row in results if row.get("method") == "paper"]
+    papers = [row for own, row in results if own == mark and row.get("method") == "paper"]
     problem = f"bits, perplexity and method are none of {sorted({row['file'] for own, row in results if own == mark})}"
     for own, row in results:
         if own != mark or (methods != {None} and row.get("method") not in methods):
             continue
-        paper = min(papers, key=lambda paper: abs(paper["effective_bits"] - row["effective_bits"]), default=None)
-        values = {column: COLUMNS[column](row, paper) for column in cells}
+        if asked and float(asked) != row["recipe"]["bits"]:
+            continue
+        values = {column: COLUMNS[column](row, papers) for column in cells}
         wrong = {column: value for column, value in values.items() if not _says(cells[column], value)}
         if not wrong:
             return ""
@@ -129,9 +155,28 @@ def _cells(line: str) -> list[str]:
 
 def _says(cell: str, value: float) -> bool:
     """Whether a cell is the value, rounded to its digits; halves either way."""
-    figure = re.fullmatch(r"([\d,]+(?:\.(\d+))?)(?: %|x)?", cell)
+    figure = re.fullmatch(r"(-?[\d,]+(?:\.(\d+))?)(?: %|x)?", cell)
     return figure is not None and abs(float(figure[1].replace(",", "")) - value) <= 0.5001 * 10 ** -len(figure[2] or "")
 
 
 def _excess(row: dict) -> float:
     return math.log(row["perplexity"] / row["original_perplexity"])
+
+
+def _less(row: dict, excess: float) -> float:
+    return 100 * (1 - _excess(row) / excess)
+
+
+def _paper_for(row: dict, papers: list[dict]) -> float:
+    """The excess of `paper` for the same bits asked or, where none was asked for those, the nearest effective bits."""
+    asked = [paper for paper in papers if paper["recipe"]["bits"] == row["recipe"].get("bits")]
+    nearest = min(asked or papers, key=lambda paper: abs(paper["effective_bits"] - row["effective_bits"]), default=None)
+    return _excess(nearest) if nearest else math.nan
+
+
+def _paper_between(row: dict, papers: list[dict]) -> float:
+    """The excess of `paper` at the row's effective bits: its logarithm along a line through two rows about it."""
+    points = sorted((paper["effective_bits"], math.log(_excess(paper))) for paper in papers)
+    at = min(max(sum(bits <= row["effective_bits"] for bits, _ in points), 1), len(points) - 1)
+    (left, low), (right, high) = points[at - 1 : at + 1]
+    return math.exp(low + (high - low) * (row["effective_bits"] - left) / (right - left))
