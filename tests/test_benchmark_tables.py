@@ -206,6 +206,40 @@ def test_the_table_of_crossovers_gives_geometric_means_of_the_rows():
             assert cell == " / ".join(f"{mean:.2f}" for mean in means), (name, tokens)
 
 
+def test_the_table_of_counters_gives_those_of_its_file():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "counters-2026-11-29-h200.json").read_text())["rows"]
+    text = (ROOT / "docs" / "kernels.md").read_text().partition("| one token, with a norm |")[2].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    cells = {line[0]: line[1:] for line in lines}
+    assert len(rows) == 6 and len(cells) == len(lines) == 16
+
+    def counted(name: str, form: str, over: str | float = 1.0) -> list[str]:
+        counters = [row["counters"] for row in rows]
+        return [form.format(c[name] / (c[over] if isinstance(over, str) else over)) for c in counters]
+
+    pipe, look_ups = "l1tex__data_pipe_lsu_wavefronts", "smsp__inst_executed_op_ldsm.sum"
+    percent = "{:.0f}"
+    assert cells["whole call, µs (dense)"] == [f"{row['us']:.1f} ({row['dense_us']:.1f})" for row in rows]
+    for name, wanted in {
+        "`wide_kernel` alone, profiled, µs": counted("gpu__time_duration.sum", "{:.1f}", 1e3),
+        "blocks, on 132 multiprocessors": counted("launch__grid_size", percent),
+        "thousand cycles in which a multiprocessor works, mean": counted("sm__cycles_active.avg", "{:.1f}", 1e3),
+        "thousand look-ups of 32 rows (`ldmatrix`)": counted(look_ups, percent, 1e3),
+        "wavefronts of shared memory and L1 a look-up": counted(f"{pipe}.sum", "{:.1f}", look_ups),
+        "... of these bank conflicts": counted(
+            "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", "{:.1f}", look_ups
+        ),
+        "% of cycles with a wavefront": counted(f"{pipe}.avg.pct_of_peak_sustained_active", percent),
+        "% of issue slots": counted("sm__issue_active.avg.pct_of_peak_sustained_active", percent),
+        "% of tensor cores": counted("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", percent),
+        "% of memory, over the whole time": counted("dram__throughput.avg.pct_of_peak_sustained_elapsed", percent),
+    }.items():
+        assert cells[name] == wanted, name
+    for reason in ("short_scoreboard", "long_scoreboard", "wait", "barrier", "gmma"):
+        (line,) = (line for line in lines if f"(`{reason}`)" in line[0])
+        assert line[1:] == [f"{row['stalls_percent'][reason]:.0f}" for row in rows]
+
+
 def test_serving_tables():
     rows = [MODEL | {"batch": 1, "tokens_per_s": 100.0}, CODED | {"batch": 1, "tokens_per_s": 150.0}]
     rooms = [MODEL | {"card_gb": 24.0, "kv_cache_tokens": 1000}, CODED | {"card_gb": 24.0, "kv_cache_tokens": 5000}]
