@@ -111,14 +111,37 @@ CODED = MODEL | {"model": "v", "format": "v8-k256-256", "kind": "vptq", "layout"
                  "load_s": 11.6, "first_token_ms": 60.0}  # fmt: skip
 
 
+OTHER_RUN = "serving-2026-11-29-h200-14b.json"
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/serving.md", "docs/kernels.md"])
 def test_documents_give_the_figures_of_the_results_they_link(document):
-    """All formats of the file that is linked first; of the one before it those that are still its own."""
+    """All formats of the file that is linked first; those of the other run that it lacks."""
     text = (ROOT / document).read_text()
     assert re.search(r"results/(serving-[\w-]+\.json)", text)[1] == "serving-2026-11-29-h200.json"
     _figures_are_in(text, "serving-2026-11-29-h200.json", None)
-    assert "results/serving-2026-11-24-h200.json" in text
-    _figures_are_in(text, "serving-2026-11-24-h200.json", "v8-k65536-256")
+    assert f"results/{OTHER_RUN}" in text
+    for format_name in ("v8-k65536-256", "v12-k4096-4096")[: 1 if document == "README.md" else 2]:
+        _figures_are_in(text, OTHER_RUN, format_name)
+
+
+def test_the_table_of_qwen_gives_the_figures_of_one_run():
+    results = json.loads((ROOT / "benchmarks" / "results" / OTHER_RUN).read_text())
+    text = (ROOT / "docs" / "serving.md").read_text().partition("| tokens/s, one sequence | A2")[2].partition("\n\n")
+    assert f"results/{OTHER_RUN}" in text[2].partition("\n\n")[0]
+    lines = {line.split("|")[1].strip().removeprefix("VPTQ "): line for line in text[0].splitlines()[2:]}
+    names = {"float16": "fp16", "w4a16-g128": "4-bit, compressed-tensors, groups of 128"}
+    models = {row["model"]: row for row in results["models"] if row["shape"] == "48 layers of 5120"}
+    speeds = {(row["model"], row["batch"]): row["tokens_per_s"] for row in results["rows"]}
+    assert len(models) == 7
+    for name, model in models.items():
+        cells = [cell.strip(" *") for cell in lines[names.get(model["format"], model["format"])].split("|")[3:-1]]
+        pairs = [
+            *((f"{speeds[name, n]:,.0f}", speeds[name, n] / speeds["14b-dense", n]) for n in (1, 8)),
+            (f"{model['first_token_ms']:.0f} ms", model["first_token_ms"] / models["14b-dense"]["first_token_ms"]),
+        ]
+        words = [word if model["kind"] == "dense" else f"{word} ({times:.2f}x)" for word, times in pairs]
+        assert cells == [*words[:2], f"{model['weight_gib']:.1f}", words[2]], name
 
 
 def _figures_are_in(text: str, name: str, format_name: str | None) -> None:
@@ -181,6 +204,40 @@ def test_the_table_of_crossovers_gives_geometric_means_of_the_rows():
                 speedups.append((dense / looked_up["us"], dense / (dense + many["us"] - many["dense_us"])))
             means = [statistics.geometric_mean(column) for column in zip(*speedups, strict=True)]
             assert cell == " / ".join(f"{mean:.2f}" for mean in means), (name, tokens)
+
+
+def test_the_table_of_counters_gives_those_of_its_file():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "counters-2026-11-29-h200.json").read_text())["rows"]
+    text = (ROOT / "docs" / "kernels.md").read_text().partition("| one token, with a norm |")[2].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    cells = {line[0]: line[1:] for line in lines}
+    assert len(rows) == 6 and len(cells) == len(lines) == 16
+
+    def counted(name: str, form: str, over: str | float = 1.0) -> list[str]:
+        counters = [row["counters"] for row in rows]
+        return [form.format(c[name] / (c[over] if isinstance(over, str) else over)) for c in counters]
+
+    pipe, look_ups = "l1tex__data_pipe_lsu_wavefronts", "smsp__inst_executed_op_ldsm.sum"
+    percent = "{:.0f}"
+    assert cells["whole call, µs (dense)"] == [f"{row['us']:.1f} ({row['dense_us']:.1f})" for row in rows]
+    for name, wanted in {
+        "`wide_kernel` alone, profiled, µs": counted("gpu__time_duration.sum", "{:.1f}", 1e3),
+        "blocks, on 132 multiprocessors": counted("launch__grid_size", percent),
+        "thousand cycles in which a multiprocessor works, mean": counted("sm__cycles_active.avg", "{:.1f}", 1e3),
+        "thousand look-ups of 32 rows (`ldmatrix`)": counted(look_ups, percent, 1e3),
+        "wavefronts of shared memory and L1 a look-up": counted(f"{pipe}.sum", "{:.1f}", look_ups),
+        "... of these bank conflicts": counted(
+            "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", "{:.1f}", look_ups
+        ),
+        "% of cycles with a wavefront": counted(f"{pipe}.avg.pct_of_peak_sustained_active", percent),
+        "% of issue slots": counted("sm__issue_active.avg.pct_of_peak_sustained_active", percent),
+        "% of tensor cores": counted("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", percent),
+        "% of memory, over the whole time": counted("dram__throughput.avg.pct_of_peak_sustained_elapsed", percent),
+    }.items():
+        assert cells[name] == wanted, name
+    for reason in ("short_scoreboard", "long_scoreboard", "wait", "barrier", "gmma"):
+        (line,) = (line for line in lines if f"(`{reason}`)" in line[0])
+        assert line[1:] == [f"{row['stalls_percent'][reason]:.0f}" for row in rows]
 
 
 def test_serving_tables():

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from tests.engine import __main__ as command
 from tests.engine import cases as listed
-from tests.engine.cases import Case, Job, all_cases
+from tests.engine.cases import Case, Job, Real, all_cases
 from tests.engine.compare import Bound, DisagreementError, compare, identical
 from tests.engine.models import Model
 from tests.engine.runner import Cards, Runner, verdict
@@ -222,6 +223,20 @@ def test_a_run(tmp_path):
 def test_a_run_without_a_gpu(tmp_path):
     rows = fake(tmp_path, 0).run(CASES, lambda row: None)
     assert [row["result"] for row in rows] == ["skipped", "skipped", "passed", "skipped", "skipped", "skipped"]
+
+
+def test_two_jobs_link_a_real_model_at_a_time(tmp_path, monkeypatch):
+    model = Real(tmp_path / "coded", tmp_path / "dense")
+    link = Path.symlink_to
+
+    def outrun(path, target):
+        link(path, target)  # by the other job
+        link(path, target)
+
+    monkeypatch.setattr(Path, "symlink_to", outrun)
+    model.write(tmp_path / "models")
+    made = tmp_path / "models" / "coded"
+    assert [(made / side).readlink() for side in ("vptq", "dense")] == [model.vptq, model.dense]
 
 
 def test_cards_are_shared_evenly_and_never_by_too_many():
