@@ -157,7 +157,8 @@ def _solve_stage(
     jobs = []
     for name, target in targets.items():
         dtype = book_dtype(block.linears[name].weight.dtype)
-        coding = partial(coded_layer, target, name, layers[name], moments[name], run.recipe, dtype)
+        curvature = run.curvatures.get(name)
+        coding = partial(coded_layer, target, name, layers[name], moments[name], run.recipe, dtype, curvature)
         jobs.append((float(target.numel()), coding))
     run.share(jobs, lambda i, made: run.parts.save(names[i], *made))
 
@@ -170,13 +171,15 @@ def coded_layer(
     moment: Tensor,
     recipe: Recipe,
     dtype: torch.dtype,
+    curvature: Tensor | None,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A layer's tensors, on the CPU, and its record; its peak of memory is its own on a GPU, see ``peak_memory``."""
     started = time.perf_counter()
     start_peak(device)
     try:
-        solution = solve(target.to(device), moment.to(device), layer, recipe, dtype)
+        rows = None if curvature is None else curvature.to(device)
+        solution = solve(target.to(device), moment.to(device), layer, recipe, dtype, rows)
     except QuantizeError as error:
         raise QuantizeError(f"{name}: {error}") from error
     return solution.tensors, {

@@ -16,6 +16,7 @@ from torch import Tensor
 from quantize import native
 from quantize.hessian import inverse_factor
 from quantize.kmeans import Books, assign
+from quantize.slab import Slab
 
 _BLOCK = 128
 """Columns coded before their effect is carried to the rest in one product."""
@@ -26,17 +27,6 @@ Codes = tuple[Tensor, Tensor | None]
 
 BlockStep = Callable[[Tensor, Tensor, Books, int, Tensor, Tensor | None], Tensor]
 """See :func:`code_block_torch` and :func:`sweep_block_torch`."""
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Output rows with one matrix of second moments: target ``[C, rows]`` and moment ``[C, C]``, float32.
-
-    Their loss is ``tr(E^T H E)`` with ``E [C, rows]`` the error.
-    """
-
-    target: Tensor
-    moment: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,18 +56,14 @@ def decode(rows: int, segments: list[Segment], codes: list[Codes]) -> Tensor:
     )
 
 
-def loss(slab: Slab, coded: Tensor) -> float:
-    """``tr(E^T H E)`` of coded columns ``[C, rows]``."""
-    error = slab.target - coded
-    return float((slab.moment @ error * error).sum())
-
-
-def walk(slab: Slab, segments: list[Segment], candidates: int) -> list[Codes]:
+def walk(slab: Slab, segments: list[Segment], candidates: int, factor: Tensor | None = None) -> list[Codes]:
     """Codes column after column; the error of each is spread over those not yet coded.
 
     GPTQ (https://arxiv.org/abs/2210.17323) with vectors of output rows: VPTQ's channel-independent second order.
+    ``factor`` is the moment's inverse factor, where it is known.
     """
-    factor = inverse_factor(slab.moment)
+    if factor is None:
+        factor = inverse_factor(slab.moment)
     left = slab.target.clone()
     rows = left.shape[1]
     code_block = _code_block_native if native.available(left.device) else code_block_torch

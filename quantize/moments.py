@@ -7,7 +7,7 @@ runs, each on what the coded layers before it give.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -103,11 +103,37 @@ def output_gradients(
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in groups}
 
-    def record(name: str, _: nn.Module, __: object, gradients: tuple[Tensor, ...]) -> None:
-        squares = gradients[0].float().square().flatten(0, -2)
+    def record(name: str, gradient: Tensor) -> None:
+        squares = gradient.square()
         seen[name].append(torch.stack([squares[:, rows].mean(1) for rows in groups[name]], 1).cpu())
 
-    hooks = [model.get_submodule(name).register_full_backward_hook(partial(record, name)) for name in groups]
+    back_propagate(model, blocks, list(groups), batches, record, lambda ids, _: ids[:, 1:].flatten())
+    weights, means = {}, {}
+    for name, parts in seen.items():
+        whole = torch.cat(parts) if parts else torch.zeros(0, len(groups[name]))  # a linear that no token reached
+        means[name] = float(whole.mean()) if parts else 0.0
+        weights[name] = whole / max(means[name], 1e-30)
+    return weights, means
+
+
+def back_propagate(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    names: Sequence[str],
+    batches: Sequence[Tensor],
+    record: Callable[[str, Tensor], None],
+    targets: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Has ``record`` take the end loss's gradients in the named linears' outputs, float32 ``[tokens, out_features]``.
+
+    The loss is the negative log likelihood, summed, of what ``targets`` gives for token ids ``[n, context]`` and logits
+    ``[n (context - 1), vocabulary]``: a token for each row of them.
+    """
+
+    def taken(name: str, _: nn.Module, __: object, gradients: tuple[Tensor, ...]) -> None:
+        record(name, gradients[0].float().flatten(0, -2))
+
+    hooks = [model.get_submodule(name).register_full_backward_hook(partial(taken, name)) for name in names]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     embeddings: nn.Module = model.get_input_embeddings()
@@ -116,14 +142,8 @@ def output_gradients(
     with streamed(model, [block.module for block in blocks], device), repeatable_gradients(device):
         for ids in batches:
             logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-            nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+            nn.functional.cross_entropy(logits, targets(ids, logits.detach()), reduction="sum").backward()
     for hook in hooks:
         hook.remove()
     for parameter in trainable:
         parameter.requires_grad_()
-    weights, means = {}, {}
-    for name, parts in seen.items():
-        whole = torch.cat(parts) if parts else torch.zeros(0, len(groups[name]))  # a linear that no token reached
-        means[name] = float(whole.mean()) if parts else 0.0
-        weights[name] = whole / max(means[name], 1e-30)
-    return weights, means

@@ -15,6 +15,7 @@ from quantize import native
 from quantize.allocate import allocate
 from quantize.blocks import quantize_blocks
 from quantize.calibration import calibration_tokens, writes_itself
+from quantize.curvature import coupled, curvatures
 from quantize.devices import Share, be_deterministic, choose_devices, resident
 from quantize.errors import QuantizeError
 from quantize.estimate import planned, too_large
@@ -131,6 +132,10 @@ def _prepare(run: Run) -> tuple[Plan, Weights | None]:
         run.report.stage("gradients of the end loss")
         groups = {name: row_groups(spec.shape[0], recipe.guided, spec) for name, spec in plan.specs.items()}
         weights, _ = output_gradients(run.model, run.blocks, groups, run.id_batches())
+    if recipe.curvature:
+        run.report.stage("curvature of the end loss")
+        names = [name for name in coupled(plan.shapes) if name in plan.specs and name not in run.parts]
+        run.curvatures |= curvatures(run.model, run.blocks, names, run.id_batches(), recipe.seed)
     return plan, weights
 
 

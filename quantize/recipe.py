@@ -170,6 +170,11 @@ class Recipe(LayerRecipe):
     guided: int = Field(
         0, ge=0, description="groups of output rows with second moments weighted by the end loss; 0 for plain ones"
     )
+    curvature: bool = Field(
+        False,
+        description="couple output rows by what the end loss feels of them together: errors of rows that are coded are "
+        "made up for by others; needs algorithm joint, and takes a pass forward and back",
+    )
     calibration: Annotated[tuple[Source, ...], BeforeValidator(_one_or_many)] = Field(
         (), description="text files, datasets as NAME[:CONFIG[:SPLIT]], self for the model's own text; each @WEIGHT"
     )
@@ -197,6 +202,12 @@ class Recipe(LayerRecipe):
                 raise ValueError("books bytes are for bits; give some")
             if not self.residual_books or self.largest_book < BYTE_BOOK:
                 raise ValueError("books bytes are pairs of 256; leave residual_books and largest_book as they are")
+        return self
+
+    @model_validator(mode="after")
+    def _one_view_of_rows(self) -> Recipe:
+        if self.curvature and (self.guided or self.algorithm != "joint"):
+            raise ValueError("curvature goes with algorithm joint and without guided")
         return self
 
     def layer(self, name: str) -> LayerRecipe | None:

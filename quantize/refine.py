@@ -1,8 +1,8 @@
 """Refinement with indices fixed: the layer loss is quadratic in the centroids, and in the norm; solve for its minimum.
 
-``tr(E^T H E)`` with ``E = target - Q`` and Q linear in what is looked for. The normal equations of the centroids are
-never formed: conjugate gradients need a lookup, a product with H and a sum over indices each step, whatever the size of
-the books.
+``tr(G E^T H E)`` with ``E = target - Q`` and Q linear in what is looked for; G is one where rows are not coupled. The
+normal equations of the centroids are never formed: conjugate gradients need a lookup, products with H and G and a sum
+over indices each step, whatever the size of the books.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantize.columns import Codes, Segment, Slab, as_vectors, decode
+from quantize.columns import Codes, Segment, as_vectors, decode
 from quantize.kmeans import Books
+from quantize.slab import Slab
 from quantize.sums import IndexedSums
 
 _RIDGE = 1e-4
@@ -83,13 +84,10 @@ def fit_books(slabs: list[Slab], segments: list[Segment], codes: list[list[Codes
         shaped = unflatten(x)
         return [decode(slab.target.shape[1], shaped, code) for slab, code in zip(slabs, codes, strict=True)]
 
-    mass = gather([slab.moment.diagonal()[:, None].expand_as(slab.target) for slab in slabs])
-    errors = [slab.target - coded for slab, coded in zip(slabs, lookup(flat), strict=True)]
-    rhs = gather([slab.moment @ error for slab, error in zip(slabs, errors, strict=True)])
+    mass = gather([slab.mass() for slab in slabs])
+    rhs = gather([slab.pull(slab.target - coded) for slab, coded in zip(slabs, lookup(flat), strict=True)])
     change = conjugate_gradient(
-        lambda x: (
-            gather([slab.moment @ coded for slab, coded in zip(slabs, lookup(x), strict=True)]) + _RIDGE * mass * x
-        ),
+        lambda x: gather([slab.pull(coded) for slab, coded in zip(slabs, lookup(x), strict=True)]) + _RIDGE * mass * x,
         rhs,
         mass,
         steps,
@@ -112,11 +110,13 @@ def fit_norm(slabs: list[Slab], coded: list[Tensor], steps: int) -> tuple[Tensor
     ``coded[i] [C, rows]`` are the decoded columns of ``slabs[i]``.
     """
     columns = len(slabs[0].target)
-    sums = [q.sum(1) for q in coded]
+    coupled = [q if slab.coupling is None else q @ slab.coupling.matrix for slab, q in zip(slabs, coded, strict=True)]
+    sums = [q.sum(1) for q in coupled]
+    rows = [s.target.shape[1] if s.coupling is None else float(s.coupling.matrix.sum()) for s in slabs]
     # Half of the normal equations is formed, once: a step then costs what H has elements, not that times the rows.
     gram = torch.zeros_like(slabs[0].moment)
-    for slab, q in zip(slabs, coded, strict=True):
-        gram += (q @ q.T).mul_(slab.moment)
+    for slab, q, weighed in zip(slabs, coded, coupled, strict=True):
+        gram += (weighed @ q.T).mul_(slab.moment)
 
     def gather(gradients: list[Tensor]) -> Tensor:
         factor = sum((g * q).sum(1) for g, q in zip(gradients, coded, strict=True))
@@ -125,15 +125,14 @@ def fit_norm(slabs: list[Slab], coded: list[Tensor], steps: int) -> tuple[Tensor
     def apply(x: Tensor) -> Tensor:
         factor, offset = x[:columns], x[columns:]
         of_factor, of_offset = gram @ factor, torch.zeros_like(offset)
-        for slab, total in zip(slabs, sums, strict=True):
+        for slab, total, count in zip(slabs, sums, rows, strict=True):
             pulled = slab.moment @ offset
             of_factor += total * pulled
-            of_offset += slab.moment @ (total * factor) + slab.target.shape[1] * pulled
+            of_offset += slab.moment @ (total * factor) + count * pulled
         return torch.cat([of_factor, of_offset])
 
-    energy = sum(slab.moment.diagonal() * q.square().sum(1) for slab, q in zip(slabs, coded, strict=True))
-    rows = sum(slab.moment.diagonal() * slab.target.shape[1] for slab in slabs)
-    diagonal = torch.cat([torch.as_tensor(energy), torch.as_tensor(rows)])
-    rhs = gather([slab.moment @ (slab.target - q) for slab, q in zip(slabs, coded, strict=True)])
+    mass = sum(slab.moment.diagonal() * count for slab, count in zip(slabs, rows, strict=True))
+    diagonal = torch.cat([gram.diagonal(), torch.as_tensor(mass)])
+    rhs = gather([slab.pull(slab.target - q) for slab, q in zip(slabs, coded, strict=True)])
     change = conjugate_gradient(lambda x: apply(x) + _RIDGE * diagonal * x, rhs, diagonal, steps)
     return 1 + change[:columns], change[columns:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,8 @@ class Run:
     """What layers are coded on; the first one runs the blocks."""
     cluster: Share | None = None
     """Other machines to code layers on."""
+    curvatures: dict[str, Tensor] = field(default_factory=dict)
+    """Of linears whose output rows are coupled, see ``curvature.py``."""
 
     def share(self, jobs: Sequence[Job], done: Done = ignore) -> list:
         """Has jobs done by the cluster, or by the devices: their results, in order."""

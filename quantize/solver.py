@@ -1,9 +1,10 @@
 """One linear layer: from a dense weight and the second moments of its inputs to a module of the VPTQ format.
 
-The loss is that of GPTQ and VPTQ, ``tr((W - Q) H (W - Q)^T)``. Steps: normalise columns (and H along with them, so that
-the loss stays the same), order columns by importance, train books by weighted k-means, walk over the columns with error
-feedback, then refine: books and norm by least squares with indices fixed, indices by coordinate descent with those
-fixed.
+The loss is that of GPTQ and VPTQ, ``tr((W - Q) H (W - Q)^T)``, or ``tr(G (W - Q) H (W - Q)^T)`` where output rows are
+coupled by what the end loss feels (:class:`quantize.slab.Coupling`). Steps: normalise columns (and H along with them,
+so that the loss stays the same), order columns by importance, train books by weighted k-means, walk over the columns
+with error feedback, then refine: books and norm by least squares with indices fixed, indices by coordinate descent with
+those fixed.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantize.columns import Codes, Segment, Slab, as_vectors, decode, sweep, walk
+from quantize.columns import Codes, Segment, as_vectors, decode, sweep, walk
+from quantize.coupled import sweep_coupled, walk_coupled
 from quantize.devices import Clock
 from quantize.errors import QuantizeError
 from quantize.hessian import damp
 from quantize.kmeans import Books, kmeans, train_books
 from quantize.recipe import LayerRecipe, Recipe
 from quantize.refine import fit_books, fit_norm
+from quantize.slab import Coupling, Slab
 from vllm_vptq.format import LayerSpec, dequantize, pack_indices
 
 _SAMPLES_PER_CENTROID = 256
@@ -32,6 +35,7 @@ _MOST_SAMPLES = 1 << 21
 class Solution:
     """A coded layer: its tensors on the CPU, its weight on the device, its error ``tr(E H E^T) / tr(W H W^T)``.
 
+    With coupled rows the error is ``tr(G E H E^T) / tr(G W H W^T)``.
     ``steps`` holds that error after each step, the walk and every round; ``seconds`` the time of each kind of work.
     """
 
@@ -43,11 +47,19 @@ class Solution:
     seconds: dict[str, float]
 
 
-def solve(weight: Tensor, moment: Tensor, layer: LayerRecipe, recipe: Recipe, dtype: torch.dtype) -> Solution:
+def solve(
+    weight: Tensor,
+    moment: Tensor,
+    layer: LayerRecipe,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    curvature: Tensor | None = None,
+) -> Solution:
     """Codes ``weight [out_features, in_features]``; ``dtype`` is what books and norms are stored in.
 
     ``moment`` is ``H [in_features, in_features]``, or ``[G, in_features, in_features]`` with one for each group of
-    output rows, see :func:`row_groups`. The result depends on the arguments and the seed alone.
+    output rows, see :func:`row_groups`. With one, ``curvature [out_features, out_features]`` couples the rows, see
+    :class:`quantize.slab.Coupling`. The result depends on the arguments and the seed alone.
     """
     target = weight.float()
     if not bool(torch.isfinite(target).all()):
@@ -56,7 +68,7 @@ def solve(weight: Tensor, moment: Tensor, layer: LayerRecipe, recipe: Recipe, dt
     spec = layer.spec(*target.shape)
     clock = Clock(target.device)
     with clock("setup"):
-        state = _State(target, moments, spec, recipe, dtype, clock)
+        state = _State(target, moments, spec, recipe, dtype, clock, curvature)
     steps = {}
     if recipe.algorithm == "vptq":
         with clock("walk"):
@@ -79,15 +91,20 @@ def solve(weight: Tensor, moment: Tensor, layer: LayerRecipe, recipe: Recipe, dt
         result = dequantize(tensors, spec)
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with clock("errors"):
-        error = relative_error(target, result, moments, groups)
+        error = relative_error(target, result, moments, groups, curvature)
     return Solution(spec, on_cpu, result, error, steps, dict(clock.seconds))
 
 
 def row_groups(out_features: int, count: int, spec: LayerSpec) -> list[slice]:
     """At most ``count`` groups of output rows, of about one size, that cut no vector of the spec in two."""
-    unit = math.lcm(spec.vector_len, spec.outlier_vector_len or 1)
+    unit = _unit(spec)
     size = math.ceil(out_features / count / unit) * unit
     return [slice(start, min(start + size, out_features)) for start in range(0, out_features, size)]
+
+
+def _unit(spec: LayerSpec) -> int:
+    """Output rows that are whole vectors in every segment."""
+    return math.lcm(spec.vector_len, spec.outlier_vector_len or 1)
 
 
 def stored_order(order: Tensor) -> Tensor:
@@ -95,13 +112,21 @@ def stored_order(order: Tensor) -> Tensor:
     return order.to(torch.int32).to(torch.int16)
 
 
-def relative_error(weight: Tensor, result: Tensor, moments: Tensor, groups: list[slice]) -> float:
-    """``tr(E H E^T) / tr(W H W^T)``, summed over row groups with moments ``[G, in_features, in_features]``."""
+def relative_error(
+    weight: Tensor, result: Tensor, moments: Tensor, groups: list[slice], curvature: Tensor | None = None
+) -> float:
+    """``tr(E H E^T) / tr(W H W^T)``, summed over row groups with moments ``[G, in_features, in_features]``.
+
+    With a ``curvature`` of all rows, ``tr(G E H E^T) / tr(G W H W^T)``.
+    """
     missed = total = torch.zeros((), device=weight.device)
     for rows, moment in zip(groups, moments, strict=True):
-        error = weight[rows] - result[rows]
-        missed = missed + (error @ moment * error).sum()
-        total = total + (weight[rows] @ moment * weight[rows]).sum()
+        error, whole = weight[rows] - result[rows], weight[rows]
+        pulled, pulled_whole = error @ moment, whole @ moment
+        if curvature is not None:
+            pulled, pulled_whole = curvature @ pulled, curvature @ pulled_whole
+        missed = missed + (pulled * error).sum()
+        total = total + (pulled_whole * whole).sum()
     return float(missed / total.clamp_min(1e-30))
 
 
@@ -109,11 +134,22 @@ class _State:
     """A layer while it is being coded: its columns transposed and in coding order, its norm, books and indices."""
 
     def __init__(
-        self, target: Tensor, moments: Tensor, spec: LayerSpec, recipe: Recipe, dtype: torch.dtype, clock: Clock
+        self,
+        target: Tensor,
+        moments: Tensor,
+        spec: LayerSpec,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        clock: Clock,
+        curvature: Tensor | None,
     ) -> None:
         self.spec, self.recipe, self.dtype, self.clock = spec, recipe, dtype, clock
         out, columns = target.shape
         self.groups = row_groups(out, len(moments), spec)
+        self.coupling = None
+        if curvature is not None:
+            assert len(moments) == 1, "rows are coupled or have moments of their own, not both"
+            self.coupling = Coupling.of(curvature, recipe.damping, _unit(spec))
         damped = [damp(moment, recipe.damping) for moment in moments]
         silent = torch.stack([dead for _, dead in damped]).all(0)
         self.weight = target.masked_fill(silent[None, :], 0.0).T
@@ -138,7 +174,7 @@ class _State:
         self.codes: list[list[Codes]] = []
         self.slabs = self._slabs()
         self.energy = sum(
-            float((raw @ self.weight[:, rows] * self.weight[:, rows]).sum())
+            Slab(self.weight[:, rows], raw, self.coupling).loss(self.weight[:, rows])
             for raw, rows in zip(self.raw, self.groups, strict=True)
         )
 
@@ -151,18 +187,20 @@ class _State:
     def _slabs(self) -> list[Slab]:
         normal = (self.weight - self.shift[:, None]) / self.scale[:, None]
         return [
-            Slab(normal[:, rows].contiguous(), moment * self.scale[:, None] * self.scale)
+            Slab(normal[:, rows].contiguous(), moment * self.scale[:, None] * self.scale, self.coupling)
             for rows, moment in zip(self.groups, self.raw, strict=True)
         ]
 
     def points(self, segment: Segment) -> tuple[Tensor, Tensor]:
-        """All vectors ``[n, v]`` of a segment, and their weights ``[n]``: the diagonal of H."""
+        """All vectors ``[n, v]`` of a segment, and their weights ``[n]``: the diagonal of H, times what rows cost."""
         here = slice(segment.start, segment.end)
         vectors = [as_vectors(slab.target[here], segment.v) for slab in self.slabs]
         weights = [
             slab.moment.diagonal()[here, None].expand(part.shape[:2])
             for slab, part in zip(self.slabs, vectors, strict=True)
         ]
+        if self.coupling is not None:
+            weights = [weights[0] * as_vectors(self.coupling.row_weights()[None], segment.v).mean(2)]
         return torch.cat([v.flatten(0, 1) for v in vectors]), torch.cat([w.flatten() for w in weights])
 
     def train(self) -> list[Books]:
@@ -180,7 +218,8 @@ class _State:
 
     def walk(self) -> None:
         """Codes all columns with error feedback."""
-        self.codes = [walk(slab, self.segments, self.recipe.candidates) for slab in self.slabs]
+        by = walk if self.coupling is None else walk_coupled
+        self.codes = [by(slab, self.segments, self.recipe.candidates) for slab in self.slabs]
 
     def refine(self) -> None:
         """One round: books, then the norm by least squares, then indices by coordinate descent."""
@@ -194,8 +233,9 @@ class _State:
                 self.slabs = []  # before the new ones are there: those of 70B models hold 4 GiB
                 self.slabs = self._slabs()
         with self.clock("descent"):
+            by = sweep if self.coupling is None else sweep_coupled
             pairs = zip(self.slabs, self.codes, strict=True)
-            self.codes = [sweep(slab, self.segments, codes, self.recipe.candidates) for slab, codes in pairs]
+            self.codes = [by(slab, self.segments, codes, self.recipe.candidates) for slab, codes in pairs]
 
     def code_as_vptq(self) -> None:
         """VPTQ's order of steps (https://arxiv.org/abs/2409.17066, algorithm 1 and its residual quantization).
@@ -227,11 +267,8 @@ class _State:
 
     def error(self) -> float:
         """The relative error so far, by the damped moments."""
-        missed = 0.0
-        for slab, coded in zip(self.slabs, self._decoded(), strict=True):
-            error = slab.target - coded
-            missed += float((slab.moment @ error * error).sum())
-        return missed / max(self.energy, 1e-30)
+        pairs = zip(self.slabs, self._decoded(), strict=True)
+        return sum(slab.loss(slab.target - coded) for slab, coded in pairs) / max(self.energy, 1e-30)
 
     def _decoded(self) -> list[Tensor]:
         pairs = zip(self.slabs, self.codes, strict=True)

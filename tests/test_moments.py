@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantize.curvature import coupled, curvatures
 from quantize.evaluate import load_any
 from quantize.model import decoder_blocks, first_inputs
 from quantize.moments import collect, output_gradients, stages
@@ -57,6 +58,36 @@ def test_gradients_are_those_of_the_loss(model: nn.Module) -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_curvature_is_that_of_the_loss_of_what_the_model_draws(model: nn.Module) -> None:
+    """Against autograd with an output replaced by a leaf, and the same draws."""
+    batches, names = token_batches(), ["model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"]
+    found = curvatures(model, decoder_blocks(model), names, batches, seed=3)
+    assert sorted(found) == sorted(names)
+    generator, expected, drawn = torch.Generator().manual_seed(3), dict.fromkeys(names, torch.zeros(())), []
+    for ids in batches:
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        drawn.append(torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0])
+        for name in names:
+            outputs: list[Tensor] = []
+            hook = model.get_submodule(name).register_forward_hook(
+                lambda _, __, output, outputs=outputs: outputs.append(output.detach().requires_grad_()) or outputs[0]
+            )
+            logits = model(ids).logits[:, :-1].flatten(0, 1)
+            hook.remove()
+            loss = nn.functional.cross_entropy(logits, drawn[-1], reduction="sum")
+            gradient = torch.autograd.grad(loss, outputs)[0].flatten(0, 1)
+            expected[name] = expected[name] + gradient.T @ gradient / (3 * 48)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-7)
+    assert not torch.equal(torch.cat(drawn), torch.cat([ids[:, 1:].flatten() for ids in batches]))
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_layers_that_fan_out_are_not_coupled() -> None:
+    shapes = {"q": (64, 64), "gate": (192, 64), "down": (64, 192), "wide": (128, 64)}
+    assert coupled(shapes) == ["q", "down", "wide"]
+
+
 def test_weighted_moments(model: nn.Module) -> None:
     blocks, ids = decoder_blocks(model), token_batches()
     batches = first_inputs(model, blocks, ids)
@@ -72,7 +103,7 @@ def test_weighted_moments(model: nn.Module) -> None:
             torch.testing.assert_close(found[name][g], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("update", [{"guided": 2}, {"activations": "original"}], ids=str)
+@pytest.mark.parametrize("update", [{"guided": 2}, {"curvature": True}, {"activations": "original"}], ids=str)
 def test_runs_with_other_moments(tied: Path, text_file: Path, tmp_path: Path, update: dict) -> None:
     base = COARSE.model_copy(update={"calibration": (str(text_file),)})
     reports = []

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from quantize import blocks, devices, evaluate, native, pipeline
-from quantize.columns import Segment, Slab, code_block_torch, decode, loss, sweep, sweep_block_torch, walk
+from quantize.columns import Codes, Segment, code_block_torch, decode, sweep, sweep_block_torch, walk
+from quantize.coupled import sweep_coupled, walk_coupled
 from quantize.devices import be_deterministic, resident
 from quantize.evaluate import load_any, on_device, score, windows_at_once
 from quantize.kmeans import Books, assign, assign_torch, kmeans, train_books
 from quantize.recipe import BlockTuning, Finetuning, LayerRecipe, Recipe
 from quantize.refine import fit_books, fit_norm
+from quantize.slab import Coupling, Slab
 from quantize.solver import Solution, solve
 from quantize.sums import IndexedSums
 from tests.tiny import COARSE, TEXT, read, run
@@ -102,6 +104,25 @@ def test_books(r: int) -> None:
     )
 
 
+def loss(slab: Slab, segments: list[Segment], codes: list[Codes]) -> float:
+    return slab.loss(slab.target - decode(slab.target.shape[1], segments, codes))
+
+
+def test_coupled_rows() -> None:
+    """Losses agree with the CPU's, and the GPU repeats itself."""
+    target, second, curvature = random(300, 256), moment(300), moment(256)
+    segments, there_segments = ([Segment(0, 300, books(4, 64, 16, device))] for device in (CPU, GPU))
+    slab = Slab(target, second, Coupling.of(curvature, 0.01, 4))
+    there = Slab(target.to(GPU), second.to(GPU), Coupling.of(curvature.to(GPU), 0.01, 4))
+    codes = walk_coupled(slab, segments, 4)
+    walked = [walk_coupled(there, there_segments, 4) for _ in range(2)]
+    assert torch.equal(walked[0][0][0], walked[1][0][0])
+    assert loss(there, there_segments, walked[0]) == pytest.approx(loss(slab, segments, codes), rel=0.02)
+    swept = [sweep_coupled(there, there_segments, walked[0], 4) for _ in range(2)]
+    assert torch.equal(swept[0][0][0], swept[1][0][0])
+    assert loss(there, there_segments, swept[0]) < loss(there, there_segments, walked[0])
+
+
 @pytest.mark.parametrize("r", [0, 16])
 def test_walk_refinement_and_descent(r: int) -> None:
     """Each step from the CPU's result of the one before: losses agree, and the GPU repeats itself."""
@@ -116,15 +137,15 @@ def test_walk_refinement_and_descent(r: int) -> None:
     there_segments = [Segment(0, 300, books(4, 64, r, GPU))]
     walked = [walk(there, there_segments, 4) for _ in range(2)]
     assert torch.equal(walked[0][0][0], walked[1][0][0])
-    before = loss(slab, decode(256, segments, codes))
-    assert loss(there, decode(256, there_segments, walked[0])) == pytest.approx(before, rel=0.02)
+    before = loss(slab, segments, codes)
+    assert loss(there, there_segments, walked[0]) == pytest.approx(before, rel=0.02)
 
     same = [on_gpu(codes[0])]
     fitted = fit_books([slab], segments, [codes], 8)
     there_fitted = [fit_books([there], there_segments, [same], 8) for _ in range(2)]
     assert torch.equal(there_fitted[0][0].books.main, there_fitted[1][0].books.main)
-    after = loss(slab, decode(256, fitted, codes))
-    assert loss(there, decode(256, there_fitted[0], same)) == pytest.approx(after, rel=0.005) and after < before
+    after = loss(slab, fitted, codes)
+    assert loss(there, there_fitted[0], same) == pytest.approx(after, rel=0.005) and after < before
 
     coded = decode(256, segments, codes)
     for one, two in zip(fit_norm([slab], [coded], 8), fit_norm([there], [coded.to(GPU)], 8), strict=True):
@@ -132,8 +153,8 @@ def test_walk_refinement_and_descent(r: int) -> None:
 
     swept = [sweep(there, there_segments, same, 4) for _ in range(2)]
     assert torch.equal(swept[0][0][0], swept[1][0][0])
-    lowered = loss(slab, decode(256, segments, sweep(slab, segments, codes, 4)))
-    assert loss(there, decode(256, there_segments, swept[0])) == pytest.approx(lowered, rel=0.02) and lowered < before
+    lowered = loss(slab, segments, sweep(slab, segments, codes, 4))
+    assert loss(there, there_segments, swept[0]) == pytest.approx(lowered, rel=0.02) and lowered < before
 
 
 SPECS = {
@@ -164,7 +185,7 @@ def recipe(text_file: Path, **update: object) -> Recipe:
 
 
 TRAINING = {"finetune": Finetuning(steps=6, tokens=256), "finetune_blocks": BlockTuning(steps=3)}
-UPDATES = [{}, {"bits": 4.0}, {"guided": 2}, {"correction": 0.5}, {"calibration": ()}, TRAINING]
+UPDATES = [{}, {"bits": 4.0}, {"guided": 2}, {"curvature": True}, {"correction": 0.5}, {"calibration": ()}, TRAINING]
 
 
 @pytest.mark.parametrize("update", UPDATES, ids=str)

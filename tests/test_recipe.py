@@ -86,6 +86,7 @@ EVERYTHING = {
     "activations": "original",
     "correction": 0.25,
     "guided": 4,
+    "curvature": False,
     "algorithm": "vptq",
     "rounds": 0,
     "fit_steps": 3,
@@ -124,6 +125,13 @@ def test_books_of_bytes_go_with_bits_and_with_nothing_else_about_books(tmp_path:
     ):
         with pytest.raises(QuantizeError, match=expected):
             load(tmp_path, {"books": "bytes"} | more)
+
+
+@pytest.mark.parametrize("other", [{"guided": 2}, {"algorithm": "vptq"}], ids=str)
+def test_curvature_goes_with_neither(tmp_path: Path, other: dict) -> None:
+    assert load(tmp_path, {"curvature": True}).curvature
+    with pytest.raises(QuantizeError, match="recipe: curvature goes with algorithm joint and without guided"):
+        load(tmp_path, {"curvature": True} | other)
 
 
 def test_a_recipe_survives_being_written(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantize import columns as column_steps
-from quantize.columns import Codes, Segment, Slab, decode, loss, sweep, walk
+from quantize.columns import Codes, Segment, decode, sweep, walk
 from quantize.kmeans import Books
 from quantize.refine import conjugate_gradient, fit_books, fit_norm
+from quantize.slab import Slab
 from tests.strategies import few
 
 
@@ -33,7 +34,7 @@ def random_books(seed: int, v: int, k: int, r: int) -> Books:
 
 
 def coded_loss(slab: Slab, segments: list[Segment], codes: list[Codes]) -> float:
-    return loss(slab, decode(slab.target.shape[1], segments, codes))
+    return slab.loss(slab.target - decode(slab.target.shape[1], segments, codes))
 
 
 @few(20)
@@ -147,7 +148,7 @@ def test_fitted_books_are_the_least_squares_solution(r: int) -> None:
 
     def total(books: Tensor) -> float:
         return sum(
-            loss(slab, (lookup @ books).view(count, v * vectors).float())
+            slab.loss(slab.target - (lookup @ books).view(count, v * vectors).float())
             for slab, lookup in zip(slabs, lookups, strict=True)
         )
 
