@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,38 @@ _MIN_P = 0.02
 _WHOLE = 1 << 40
 
 
-def calibration_tokens(model: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Tensor:
+def wanted_tokens(recipe: Recipe, widest: int) -> int:
+    """How many calibration tokens a recipe asks for, for a model whose widest linear has so many inputs.
+
+    Text that the model writes itself costs a pass for every token: there ``recipe.tokens`` are enough.
+    """
+    return recipe.tokens if writes_itself(recipe) else max(recipe.tokens, recipe.tokens_per_input * widest)
+
+
+def calibration_tokens(model: Any, tokenizer: Any, recipe: Recipe, progress: Progress, widest: int = 0) -> Tensor:
     """Token ids int64 ``[sequences, context]`` for a recipe; ``progress`` is told how much text there is so far.
+
+    There are :func:`wanted_tokens` of them, or as many as the text has, but not less than ``recipe.tokens``.
 
     Every source gives its share of consecutive sequences; those of several are shuffled, so that any part of them is a
     mixture. ``self`` is text the model writes, which needs no network and fits models of any language (the idea of
     LLM-QAT, https://arxiv.org/abs/2305.17888).
     """
-    count = -(-recipe.tokens // recipe.context)
-    sources = [split_source(source) for source in recipe.calibration or (SELF,)]
+    least, count = (-(-tokens // recipe.context) for tokens in (recipe.tokens, wanted_tokens(recipe, widest)))
+    names, weights = zip(*map(split_source, recipe.calibration or (SELF,)), strict=True)
     parts = []
-    for (name, _), share in zip(sources, shares([weight for _, weight in sources], count), strict=True):
+    for name, share, needed in zip(names, shares(weights, count), shares(weights, least), strict=True):
         if name == SELF:
             parts.append(_self_written(model, tokenizer, share, recipe, progress))
         elif share:
-            parts.append(_sequences(name, tokenizer, share, recipe.context))
-    ids = torch.cat(parts)
-    if len(sources) == 1:
+            parts.append(_sequences(name, tokenizer, needed, share, recipe.context))
+        else:
+            parts.append(torch.empty(0, recipe.context, dtype=torch.int64))
+    # What the shortest of the texts has, for its share, is what all are good for.
+    while any(len(part) < share for part, share in zip(parts, shares(weights, count), strict=True)):
+        count -= 1
+    ids = torch.cat([part[:share] for part, share in zip(parts, shares(weights, count), strict=True)])
+    if len(names) == 1:
         return ids
     return ids[torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed))]
 
@@ -51,7 +66,7 @@ def writes_itself(recipe: Recipe) -> bool:
     return not recipe.calibration or any(split_source(source)[0] == SELF for source in recipe.calibration)
 
 
-def shares(weights: list[float], count: int) -> list[int]:
+def shares(weights: Sequence[float], count: int) -> list[int]:
     """``count`` divided by weight, as whole numbers: what rounding down leaves goes to the largest remainders."""
     exact = [count * weight / sum(weights) for weight in weights]
     whole = [int(share) for share in exact]
@@ -61,25 +76,26 @@ def shares(weights: list[float], count: int) -> list[int]:
     return whole
 
 
-def _sequences(name: str, tokenizer: Any, count: int, context: int) -> Tensor:
-    """The first ``count`` sequences of a file or a data set."""
-    path, needed = Path(name), count * context
+def _sequences(name: str, tokenizer: Any, least: int, count: int, context: int) -> Tensor:
+    """The first ``count`` sequences of a file or a data set, or as many as it has, if that is the ``least``."""
+    path, wanted = Path(name), count * context
     rows = _file_rows(path) if path.is_file() else _dataset_rows(name)
     texts: list[str] = []
     size = 0
     for row in rows:
         texts.append(_text(row, tokenizer, name))
         size += len(texts[-1])
-        if size >= needed * _CHARACTERS:
+        if size >= wanted * _CHARACTERS:
             break
-    text = "\n\n".join(texts)[: 2 * needed * _CHARACTERS]
+    text = "\n\n".join(texts)[: 2 * wanted * _CHARACTERS]
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
-    if len(ids) < needed:
+    if len(ids) < least * context:
         raise QuantizeError(
-            f"calibration text {name} has {len(ids)} tokens, {needed} are needed; "
+            f"calibration text {name} has {len(ids)} tokens, {least * context} are needed; "
             "give a longer text or a smaller --tokens"
         )
-    return ids[:needed].view(count, context)
+    count = min(count, len(ids) // context)
+    return ids[: count * context].view(count, context)
 
 
 def _file_rows(path: Path) -> Iterator[Row]:

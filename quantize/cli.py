@@ -47,7 +47,10 @@ _Calibration = Annotated[
         "given, or self; @WEIGHT for several [self]."
     ),
 ]
-_Tokens = Annotated[int | None, typer.Option(help="Calibration tokens [16384].")]
+_Tokens = Annotated[
+    int | None,
+    typer.Option(help="Calibration tokens [16384]; else the preset's, or 8 for every input of the widest layer."),
+]
 _Context = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence [256].")]
 _Steps = Annotated[int | None, typer.Option(help="Training end to end, 0 for none [what the recipe says].")]
 _Seed = Annotated[int | None, typer.Option(help="Same seed, same files [0].")]

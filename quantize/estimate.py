@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from quantize.allocate import allocate
-from quantize.calibration import writes_itself
+from quantize.calibration import wanted_tokens, writes_itself
 from quantize.devices import fits
 from quantize.kmeans import Books, assign
 from quantize.model import decoder_blocks
@@ -75,12 +75,13 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     """
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
     searched = sum(_searched(spec, recipe) for spec in plan.specs.values())
-    multiplied = sum(_multiplied(spec, recipe) for spec in plan.specs.values())
+    columns = max(spec.shape[1] for spec in plan.specs.values())
+    tokens = wanted_tokens(recipe, columns)
+    multiplied = sum(_multiplied(spec, recipe, tokens) for spec in plan.specs.values())
     parameters = sum(p.numel() for p in model.parameters())
-    multiplied += 2 * recipe.tokens * plan.weights * (_STAGES / 2 + 1) * _prefixes(recipe)
+    multiplied += 2 * tokens * plan.weights * (_STAGES / 2 + 1) * _prefixes(recipe)
     multiplied += 8 * recipe.finetune.steps * recipe.finetune.tokens * parameters
     seconds = searched / _search_rate(device) + multiplied / _product_rate(device)
-    columns = max(spec.shape[1] for spec in plan.specs.values())
     largest = max(math.prod(spec.shape) for spec in plan.specs.values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # A GPU holds one block at a time.
@@ -104,10 +105,10 @@ def _searched(spec: LayerSpec, recipe: Recipe) -> float:
     return 2.0 * math.prod(spec.shape) * centroids * (2 + recipe.rounds)
 
 
-def _multiplied(spec: LayerSpec, recipe: Recipe) -> float:
+def _multiplied(spec: LayerSpec, recipe: Recipe, tokens: int) -> float:
     out, columns = spec.shape
     passes = 2 + recipe.rounds * (2 + recipe.fit_steps * (2 if spec.enable_norm else 1))
-    return 2.0 * out * columns**2 * passes + 2.0 * columns**3 + 2.0 * recipe.tokens * columns**2 * _prefixes(recipe)
+    return 2.0 * out * columns**2 * passes + 2.0 * columns**3 + 2.0 * tokens * columns**2 * _prefixes(recipe)
 
 
 def _prefixes(recipe: Recipe) -> int:

@@ -69,8 +69,11 @@ def quantize_model(
 
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
     if "calibration" not in parts:
-        parts.save("calibration", {"ids": _calibration(model, tokenizer, recipe, devices[0], report)})
+        widest = max(spec.shape[1] for spec in expected.specs.values())
+        parts.save("calibration", {"ids": _calibration(model, tokenizer, recipe, widest, devices[0], report)})
     ids = parts.load("calibration")["ids"].to(devices[0])
+    if ids.numel() >= recipe.tokens + recipe.context:
+        report.note(f"{ids.numel():,} calibration tokens, because layers are wide; --tokens sets their number")
     run = Run(model, tokenizer, blocks, recipe, parts, report, ids, devices, cluster)
     plan, weights = _prepare(run)
     report.plan(source, plan.specs, plan.weights, plan.bits)
@@ -103,11 +106,13 @@ def _require_space(out: Path, model: nn.Module, plan: Plan) -> None:
         raise QuantizeError(f"{out}: {free / 2**30:.1f} GiB are free, up to {needed / 2**30:.1f} are needed")
 
 
-def _calibration(model: nn.Module, tokenizer: Any, recipe: Recipe, device: torch.device, report: Report) -> Tensor:
+def _calibration(
+    model: nn.Module, tokenizer: Any, recipe: Recipe, widest: int, device: torch.device, report: Report
+) -> Tensor:
     if not writes_itself(recipe):
-        return calibration_tokens(model, tokenizer, recipe, report.progress)
+        return calibration_tokens(model, tokenizer, recipe, report.progress, widest)
     with resident(model, device):
-        return calibration_tokens(model, tokenizer, recipe, report.progress)
+        return calibration_tokens(model, tokenizer, recipe, report.progress, widest)
 
 
 def _prepare(run: Run) -> tuple[Plan, Weights | None]:

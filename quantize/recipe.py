@@ -178,7 +178,13 @@ class Recipe(LayerRecipe):
     calibration: Annotated[tuple[Source, ...], BeforeValidator(_one_or_many)] = Field(
         (), description="text files, datasets as NAME[:CONFIG[:SPLIT]], self for the model's own text; each @WEIGHT"
     )
-    tokens: int = Field(16384, ge=1024, description="calibration tokens")
+    tokens: int = Field(16384, ge=1024, description="calibration tokens, at least")
+    tokens_per_input: int = Field(
+        8,
+        ge=0,
+        description="calibration tokens for every input of the widest layer, as far as a given text goes: with fewer, "
+        "second moments are largely of the sample; 0 where only tokens are given",
+    )
     context: int = Field(256, ge=32, description="tokens in a calibration sequence")
     damping: float = Field(0.01, gt=0, lt=1, description="added to the second moments, relative to their mean")
     algorithm: Literal["joint", "vptq"] = Field(
@@ -237,6 +243,7 @@ class Recipe(LayerRecipe):
     ) -> Recipe:
         """Reads a YAML recipe; it wins over a preset, and options that are not None over both.
 
+        Where file or options say how many calibration tokens, there are as many, however wide layers are.
         ``finetune_steps`` are those of ``finetune``, whose rate and tokens stay. QuantizeError names what is wrong.
         """
         if preset is not None and preset not in PRESETS:
@@ -247,7 +254,9 @@ class Recipe(LayerRecipe):
             raise QuantizeError(f"recipe {path}: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
             raise QuantizeError(f"recipe {path}: expected a table of options by name, found {str(data)[:60]!r}")
-        data = PRESETS.get(preset or "", {}) | data | {k: v for k, v in options.items() if v is not None}
+        said = data | {k: v for k, v in options.items() if v is not None}
+        only = {"tokens_per_input": 0} if "tokens" in said else {}
+        data = PRESETS.get(preset or "", {}) | only | said
         training = data.get("finetune", {})
         if finetune_steps is not None and isinstance(training, dict):
             data["finetune"] = training | {"steps": finetune_steps}

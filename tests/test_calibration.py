@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.calibration import calibration_tokens, shares
+from quantize.calibration import calibration_tokens, shares, wanted_tokens
 from quantize.errors import QuantizeError
 from quantize.recipe import Recipe
 from tests.strategies import few
@@ -127,6 +127,26 @@ def test_lines_that_say_nothing_are_named(tmp_path: Path, line: str, match: str)
     (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n' + line)
     with pytest.raises(QuantizeError, match=match):
         tokens(Letters(), f"{tmp_path}/c.jsonl")
+
+
+def test_wide_layers_get_more_tokens_as_far_as_the_texts_go(tmp_path: Path) -> None:
+    for name, size in (("a", 9000), ("b", 1800)):
+        (tmp_path / f"{name}.txt").write_text(name * size)
+    both = (f"{tmp_path}/a.txt@3", f"{tmp_path}/b.txt")
+
+    def sequences(*sources: str, **more: int) -> dict[str, int]:
+        recipe = Recipe(calibration=sources, tokens=1024, context=32, **more)
+        ids = calibration_tokens(None, Letters(), recipe, lambda done, total: None, widest=600)
+        assert ids.shape[1] == 32
+        return {name: int((ids == ord(name)).all(1).sum()) for name in "ab"}
+
+    assert sequences(both[0]) == {"a": 150, "b": 0}  # 8 for each of 600 inputs
+    assert sequences(both[0], tokens_per_input=100) == {"a": 281, "b": 0}  # all there is
+    assert sequences(both[0], tokens_per_input=1) == {"a": 32, "b": 0}
+    mixed = sequences(*both, tokens_per_input=100)
+    assert mixed["b"] == 56 and abs(mixed["a"] - 3 * 56) <= 3  # the shortest decides
+    assert wanted_tokens(Recipe(calibration=both), 10_000) == 80_000
+    assert wanted_tokens(Recipe(), 10_000) == wanted_tokens(Recipe(calibration=("self",)), 10_000) == 16384
 
 
 def test_a_short_source_is_named_with_what_it_lacks(tmp_path: Path) -> None:

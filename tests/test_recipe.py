@@ -95,6 +95,7 @@ EVERYTHING = {
     "rules": [{"match": "a.*", "skip": True}, {"match": "b", "norm": True, "vector_length": 16}],
     "calibration": ["text.txt", "name:config@0.5"],
     "tokens": 2048,
+    "tokens_per_input": 3,
     "context": 64,
     "damping": 0.5,
     "iterations": 1,
@@ -114,6 +115,13 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     assert recipe.finetune_blocks == BlockTuning(steps=4, rate=0.25)
     assert recipe.finetune == Finetuning(steps=5, rate=0.5, tokens=64)
     assert recipe.rules == (Rule(match="a.*", skip=True), Rule(match="b", norm=True, vector_length=16))
+
+
+def test_tokens_that_are_asked_for_are_exact(tmp_path: Path) -> None:
+    assert load(tmp_path, {}, preset="fast").tokens_per_input == 8
+    for recipe in (load(tmp_path, {"tokens": 4096}), load(tmp_path, {}, preset="best", tokens=4096)):
+        assert (recipe.tokens, recipe.tokens_per_input) == (4096, 0)
+    assert load(tmp_path, {"tokens": 4096, "tokens_per_input": 5}).tokens_per_input == 5
 
 
 def test_books_of_bytes_go_with_bits_and_with_nothing_else_about_books(tmp_path: Path) -> None:
