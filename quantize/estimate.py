@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quantize.allocate import allocate
 from quantize.calibration import wanted_tokens, writes_itself
+from quantize.curvature import coupled
 from quantize.devices import fits
 from quantize.kmeans import Books, assign
 from quantize.model import decoder_blocks
@@ -81,6 +82,8 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     multiplied += 2 * tokens * plan.weights * (_STAGES / 2 + 1) * _prefixes(recipe)
     multiplied += 8 * recipe.finetune.steps * recipe.finetune.tokens * parameters
+    if recipe.curvature:
+        multiplied += 6.0 * tokens * parameters
     seconds = searched / _search_rate(device) + multiplied / _product_rate(device)
     largest = max(math.prod(spec.shape) for spec in plan.specs.values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -90,6 +93,8 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     if recipe.finetune.steps:
         # What is decoded is kept for the backward pass on a CPU; on a GPU where there is room, which this is not.
         memory += 2 * weights - resident + (12 if device.type == "cpu" else 2) * plan.weights
+    if recipe.curvature:
+        memory += 4 * sum(plan.shapes[name][0] ** 2 for name in coupled(plan.shapes))
     return f"about {_duration(seconds)} and {memory / 2**30:.1f} GiB on this machine ({device.type})"
 
 

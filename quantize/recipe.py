@@ -274,13 +274,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Second moments of the quantized prefix, targets that make up for its drift, joint books, one refinement.
     "fast": {"rounds": 1, "correction": 0.5, "allocation": "uniform"},
     # More of each, bits by measured sensitivity, and a short training end to end.
-    "balanced": {"rounds": 3, "correction": 0.5, "iterations": 20, "tokens": 32768, "finetune": {"steps": 100}},
+    "balanced": {
+        "rounds": 3,
+        "correction": 0.5,
+        "iterations": 20,
+        "tokens": 32768,
+        "tokens_per_input": 16,
+        "finetune": {"steps": 100},
+    },
     "best": {
         "rounds": 6,
         "correction": 0.5,
         "iterations": 20,
         "candidates": 8,
         "tokens": 131072,
+        "tokens_per_input": 32,
         "finetune": {"steps": 500},
     },
     # VPTQ as released: no fine-tuning. Its norm forgets to scale the Hessian; this one does not.
