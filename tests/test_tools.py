@@ -45,7 +45,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tied: Path, text_file: Path, tmp_path: Path) -> None:
     """Killed at three moments: between layers, after a block was trained, and in the middle of the last training."""
     training = {"finetune": Finetuning(steps=30, tokens=256), "finetune_blocks": BlockTuning(steps=3)}
-    recipe = COARSE.model_copy(update={"calibration": (str(text_file),), "bits": 4.0} | training)
+    recipe = COARSE.model_copy(update={"calibration": (str(text_file),), "bits": 4.0, "curvature": True} | training)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
     run(tied, tmp_path / "whole", recipe)
     script = (
