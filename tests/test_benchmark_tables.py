@@ -13,8 +13,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import memory, quality, record, serving_tables
+from benchmarks import counters, memory, quality, record, serving_tables
 from benchmarks.limits import Limits, Work
 from benchmarks.shapes import SHAPES
 from benchmarks.synthesize import synthesize
@@ -34,6 +35,14 @@ def test_benchmarks_are_run_as_modules():
     files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.py")]
     assert len(files) > 20
     assert not [file.name for file in files if "python benchmarks/" in file.read_text(encoding="utf8")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_calls_to_be_counted_without_a_gpu_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["counters"])
+    with pytest.raises(SystemExit) as ended:
+        counters.main()
+    assert ended.value.code == 1 and capsys.readouterr().err == "error: no GPU\n"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llmcompressor") is not None, reason="it is not missing here")
