@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,5 +97,11 @@ def _ratio(row: Row | None, dense: Row | None, name: str, form: str) -> str:
     return f"{value} ({row[name] / dense[name]:.2f}x)" if dense and row["kind"] != "dense" and name in dense else value
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="what benchmarks.serving has written")
+    print(tables(json.loads(parser.parse_args().results.read_text())))
+
+
 if __name__ == "__main__":
-    print(tables(json.loads(Path(sys.argv[1]).read_text())))
+    main()

@@ -325,6 +325,8 @@ def test_the_list():
     parallel = [case.jobs["vptq"] for case in cases if case.name.startswith("tp 2 pp 1")]
     assert {"v8-k65536-0", "v8-k256-256", "v12-k4096-4096"} <= {job.model.format for job in parallel}
     assert any(job.model.groups > 1 and job.model.outliers for job in parallel)
+    four = {case.jobs["vptq"].model.format for case in cases if case.name.startswith("tp 4 pp 1")}
+    assert four == {"v8-k65536-0", "v12-k4096-4096"}
     assert {job.model.dtype for job in jobs.values()} == {"float16", "bfloat16"}
 
 

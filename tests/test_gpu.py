@@ -117,7 +117,10 @@ class Layer:
         return torch.randn(count, self.in_features, generator=gen, device="cuda").to(self.dtype)
 
     def check(self, x: Tensor) -> None:
-        """No further from the exact product than torch's product with the rounded weight."""
+        """At most 1.3 times as far from the exact product as torch's product with the rounded weight.
+
+        If outputs are few, 3 times, or as far as one rounding of the result.
+        """
         exact = x.double() @ self.weight.T + self.bias.double()
         dense = torch.nn.functional.linear(x, self.weight.to(self.dtype), self.bias)
         poison(exact.numel(), self.dtype)

@@ -1,7 +1,8 @@
 """The one op of a layer, ``vllm_vptq::linear``, with its fake and its choice of an implementation.
 
-One call computes a whole fused layer (q, k and v; gate and up), so that a compiled graph holds one node per layer
-and a kernel one launch. The choice by token count belongs inside, because the count is symbolic under torch.compile.
+One call computes a whole fused layer (q, k and v; gate and up), so that a compiled graph holds one node per layer:
+one call of a function on a CPU, two launches or more on a GPU. The choice by token count belongs inside, because the
+count is symbolic under torch.compile.
 """
 
 from __future__ import annotations

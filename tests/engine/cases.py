@@ -478,6 +478,7 @@ def all_cases(reals: list[Real] | None = None) -> list[Case]:
         parallel(RESIDUAL, 2, 1, "aligned"),
         parallel(BASE, 1, 2),
         parallel(NARROW, 4, 1),
+        parallel(FAR, 4, 1),
         parallel(BASE, 2, 2),
     ]
 
