@@ -65,7 +65,7 @@ class Exporter:
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(self.out)
         tokenizer.save_pretrained(self.out)
-        _write_json(self.out / "vptq_recipe.json", recipe.model_dump(mode="json", exclude_defaults=True))
+        _write_json(self.out / "vptq_recipe.json", recipe.written())
         _write_json(self.out / VERSIONS, dict(versions))
         with tempfile.TemporaryDirectory() as folder:
             model.config.save_pretrained(folder)

@@ -226,6 +226,11 @@ class Recipe(LayerRecipe):
                 fields |= {k: v for k in fields if (v := getattr(rule, k)) is not None}
         return None if skip else LayerRecipe(**fields)
 
+    def written(self) -> dict[str, Any]:
+        """What to keep of it in a file that loads as the same recipe: what is no default, and both counts of tokens."""
+        tokens = {"tokens": self.tokens, "tokens_per_input": self.tokens_per_input}
+        return self.model_dump(mode="json", exclude_defaults=True) | tokens
+
     @property
     def drifts(self) -> bool:
         """Whether targets are corrected for the drift of their inputs; the original's inputs do not drift."""

@@ -256,7 +256,7 @@ def test_every_layer_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     for name, size in sizes.items():
         target = SimpleNamespace(to=lambda _, size=size: size)
         moment = SimpleNamespace(to=lambda device: device)
-        jobs.append((float(size), partial(blocks.coded_layer, target, name, nothing, moment, nothing, nothing)))
+        jobs.append((float(size), partial(blocks.coded_layer, target, name, nothing, moment, nothing, nothing, None)))
     peaks = {record["layer"]: record["peak_mib"] for _, record in share(gpus, jobs)}
     assert peaks == {"up": 140, "gate": 30, "k": 20, "v": 110}
     assert [total_peak(gpu) for gpu in gpus] == [(140 << 20, 280 << 20), (30 << 20, 60 << 20)]
