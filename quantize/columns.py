@@ -56,6 +56,11 @@ def decode(rows: int, segments: list[Segment], codes: list[Codes]) -> Tensor:
     )
 
 
+def loss(slab: Slab, segments: list[Segment], codes: list[Codes]) -> float:
+    """The slab's loss with these codes."""
+    return slab.loss(slab.target - decode(slab.target.shape[1], segments, codes))
+
+
 def walk(slab: Slab, segments: list[Segment], candidates: int, factor: Tensor | None = None) -> list[Codes]:
     """Codes column after column; the error of each is spread over those not yet coded.
 

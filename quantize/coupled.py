@@ -36,18 +36,16 @@ def walk_coupled(slab: Slab, segments: list[Segment], candidates: int) -> list[C
 def sweep_coupled(slab: Slab, segments: list[Segment], codes: list[Codes], candidates: int) -> list[Codes]:
     """One pass of coordinate descent: every group towards what is best for it given the errors of all the others."""
     coupling = _coupling(slab)
-    order = coupling.order
-    target = slab.target[:, order]
-    errors = target - decode(target.shape[1], segments, codes)[:, order]
+    errors = slab.target - decode(slab.target.shape[1], segments, codes)
     grouped = _grouped(codes, coupling, segments)
     swept = []
     for group, own_codes in zip(coupling.groups, grouped, strict=True):
-        rows = order[group]
-        own = coupling.matrix[rows][:, rows]
-        pull = errors @ coupling.matrix[order][:, rows] - errors[:, group] @ own
-        aim = target[:, group] + torch.linalg.solve(own, pull.T).T
+        rows = coupling.order[group]
+        target, own = slab.target[:, rows], coupling.matrix[rows][:, rows]
+        pull = errors @ coupling.matrix[:, rows] - errors[:, rows] @ own
+        aim = target + torch.linalg.solve(own, pull.T).T
         swept.append(sweep(Slab(aim, slab.moment), segments, own_codes, candidates))
-        errors[:, group] = target[:, group] - decode(group.stop - group.start, segments, swept[-1])
+        errors[:, rows] = target - decode(len(rows), segments, swept[-1])
     return _natural(swept, coupling, segments)
 
 

@@ -76,8 +76,7 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     """
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
     searched = sum(_searched(spec, recipe) for spec in plan.specs.values())
-    columns = max(spec.shape[1] for spec in plan.specs.values())
-    tokens = wanted_tokens(recipe, columns)
+    tokens = wanted_tokens(recipe, plan.widest)
     multiplied = sum(_multiplied(spec, recipe, tokens) for spec in plan.specs.values())
     parameters = sum(p.numel() for p in model.parameters())
     multiplied += 2 * tokens * plan.weights * (_STAGES / 2 + 1) * _prefixes(recipe)
@@ -89,7 +88,7 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # A GPU holds one block at a time.
     resident = weights if device.type == "cpu" else weights / len(decoder_blocks(model))
-    memory = resident + 4 * (5 * columns**2 + 6 * largest)
+    memory = resident + 4 * (5 * plan.widest**2 + 6 * largest)
     if recipe.finetune.steps:
         # What is decoded is kept for the backward pass on a CPU; on a GPU where there is room, which this is not.
         memory += 2 * weights - resident + (12 if device.type == "cpu" else 2) * plan.weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from importlib.metadata import version
@@ -69,8 +70,7 @@ def quantize_model(
 
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
     if "calibration" not in parts:
-        widest = max(spec.shape[1] for spec in expected.specs.values())
-        parts.save("calibration", {"ids": _calibration(model, tokenizer, recipe, widest, devices[0], report)})
+        parts.save("calibration", {"ids": _calibration(model, tokenizer, recipe, expected.widest, devices[0], report)})
     ids = parts.load("calibration")["ids"].to(devices[0])
     if ids.numel() >= recipe.tokens + recipe.context:
         report.note(f"{ids.numel():,} calibration tokens, because layers are wide; --tokens sets their number")
@@ -109,9 +109,7 @@ def _require_space(out: Path, model: nn.Module, plan: Plan) -> None:
 def _calibration(
     model: nn.Module, tokenizer: Any, recipe: Recipe, widest: int, device: torch.device, report: Report
 ) -> Tensor:
-    if not writes_itself(recipe):
-        return calibration_tokens(model, tokenizer, recipe, report.progress, widest)
-    with resident(model, device):
+    with resident(model, device) if writes_itself(recipe) else contextlib.nullcontext():
         return calibration_tokens(model, tokenizer, recipe, report.progress, widest)
 
 
@@ -137,10 +135,10 @@ def _prepare(run: Run) -> tuple[Plan, Weights | None]:
         run.report.stage("gradients of the end loss")
         groups = {name: row_groups(spec.shape[0], recipe.guided, spec) for name, spec in plan.specs.items()}
         weights, _ = output_gradients(run.model, run.blocks, groups, run.id_batches())
-    if recipe.curvature:
+    missing = [name for name in coupled(plan.shapes) if name not in run.parts] if recipe.curvature else []
+    if missing:
         run.report.stage("curvature of the end loss")
-        names = [name for name in coupled(plan.shapes) if name in plan.specs and name not in run.parts]
-        run.curvatures |= curvatures(run.model, run.blocks, names, run.id_batches(), recipe.seed)
+        run.curvatures |= curvatures(run.model, run.blocks, missing, run.id_batches(), recipe.seed)
     return plan, weights
 
 

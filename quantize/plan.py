@@ -48,6 +48,11 @@ class Plan:
         return sum(math.prod(spec.shape) for spec in self.specs.values())
 
     @property
+    def widest(self) -> int:
+        """Inputs of the widest layer."""
+        return max(columns for _, columns in self.shapes.values())
+
+    @property
     def bits(self) -> float:
         """Effective bits of the quantized weights."""
         return total_bits(self.specs)

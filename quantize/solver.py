@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantize.columns import Codes, Segment, as_vectors, decode, sweep, walk
+from quantize.columns import Codes, Segment, as_vectors, decode, loss, sweep, walk
 from quantize.coupled import sweep_coupled, walk_coupled
 from quantize.devices import Clock
 from quantize.errors import QuantizeError
@@ -267,8 +267,8 @@ class _State:
 
     def error(self) -> float:
         """The relative error so far, by the damped moments."""
-        pairs = zip(self.slabs, self._decoded(), strict=True)
-        return sum(slab.loss(slab.target - coded) for slab, coded in pairs) / max(self.energy, 1e-30)
+        pairs = zip(self.slabs, self.codes, strict=True)
+        return sum(loss(slab, self.segments, codes) for slab, codes in pairs) / max(self.energy, 1e-30)
 
     def _decoded(self) -> list[Tensor]:
         pairs = zip(self.slabs, self.codes, strict=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantize.columns import Codes, Segment, decode, walk
+from quantize.columns import Segment, decode, loss, walk
 from quantize.coupled import sweep_coupled, walk_coupled
 from quantize.kmeans import Books
 from quantize.recipe import LayerRecipe, Recipe
@@ -37,10 +37,6 @@ def random_segments(columns: int, v: int, r: int, cut: int = 0) -> list[Segment]
     books = Books(torch.randn(32, v, generator=gen), 0.4 * torch.randn(r, v, generator=gen) if r else None)
     outliers = [Segment(0, cut, Books(torch.randn(16, 2, generator=gen), None))] if cut else []
     return [*outliers, Segment(cut, columns, books)]
-
-
-def loss(slab: Slab, segments: list[Segment], codes: list[Codes]) -> float:
-    return slab.loss(slab.target - decode(slab.target.shape[1], segments, codes))
 
 
 @few(60)

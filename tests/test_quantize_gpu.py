@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantize import blocks, devices, evaluate, native, pipeline
-from quantize.columns import Codes, Segment, code_block_torch, decode, sweep, sweep_block_torch, walk
+from quantize.columns import Segment, code_block_torch, decode, loss, sweep, sweep_block_torch, walk
 from quantize.coupled import sweep_coupled, walk_coupled
 from quantize.devices import be_deterministic, resident
 from quantize.evaluate import load_any, on_device, score, windows_at_once
@@ -102,10 +102,6 @@ def test_books(r: int) -> None:
     assert torch.equal(
         *(kmeans(points.to(GPU), weights.to(GPU), 64, 5, torch.Generator().manual_seed(1)) for _ in range(2))
     )
-
-
-def loss(slab: Slab, segments: list[Segment], codes: list[Codes]) -> float:
-    return slab.loss(slab.target - decode(slab.target.shape[1], segments, codes))
 
 
 def test_coupled_rows() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantize import columns as column_steps
-from quantize.columns import Codes, Segment, decode, sweep, walk
+from quantize.columns import Codes, Segment, loss, sweep, walk
 from quantize.kmeans import Books
 from quantize.refine import conjugate_gradient, fit_books, fit_norm
 from quantize.slab import Slab
@@ -31,10 +31,6 @@ def random_slab(seed: int, count: int, rows: int) -> Slab:
 def random_books(seed: int, v: int, k: int, r: int) -> Books:
     gen = generator(seed + 100)
     return Books(torch.randn(k, v, generator=gen), 0.4 * torch.randn(r, v, generator=gen) if r else None)
-
-
-def coded_loss(slab: Slab, segments: list[Segment], codes: list[Codes]) -> float:
-    return slab.loss(slab.target - decode(slab.target.shape[1], segments, codes))
 
 
 @few(20)
@@ -68,10 +64,10 @@ def test_each_conjugate_gradient_step_helps() -> None:
 def test_a_sweep_never_raises_the_loss_and_finds_an_optimum(seed: int, count: int, rows: int, v: int, r: int) -> None:
     slab, segments = random_slab(seed, count, rows - rows % v or v), [Segment(0, count, random_books(seed, v, 16, r))]
     codes = walk(slab, segments, 16)
-    losses = [coded_loss(slab, segments, codes)]
+    losses = [loss(slab, segments, codes)]
     for _ in range(30):
         codes = sweep(slab, segments, codes, 16)
-        losses.append(coded_loss(slab, segments, codes))
+        losses.append(loss(slab, segments, codes))
     assert all(after <= before * (1 + 1e-4) + 1e-4 for before, after in pairwise(losses))
     # No single column of any vector can do better: tried with every pair of centroids.
     index, residual = codes[0]
@@ -83,7 +79,7 @@ def test_a_sweep_never_raises_the_loss_and_finds_an_optimum(seed: int, count: in
                 changed[0][j, 0] = a
                 if changed[1] is not None:
                     changed[1][j, 0] = b
-                assert coded_loss(slab, segments, [changed]) >= losses[-1] * (1 - 1e-3) - 1e-3
+                assert loss(slab, segments, [changed]) >= losses[-1] * (1 - 1e-3) - 1e-3
     assert second is None or len(second) == r
 
 
@@ -92,8 +88,8 @@ def test_a_sweep_uses_each_segment_s_own_books() -> None:
     segments = [Segment(0, 10, random_books(1, 2, 16, 0)), Segment(10, 40, random_books(2, 4, 16, 8))]
     codes = walk(slab, segments, 4)
     assert [tuple(index.shape) for index, _ in codes] == [(10, 6), (30, 3)]
-    before = coded_loss(slab, segments, codes)
-    assert coded_loss(slab, segments, sweep(slab, segments, codes, 4)) < before
+    before = loss(slab, segments, codes)
+    assert loss(slab, segments, sweep(slab, segments, codes, 4)) < before
 
 
 @few(25)
@@ -153,7 +149,7 @@ def test_fitted_books_are_the_least_squares_solution(r: int) -> None:
         )
 
     found = torch.cat([b for b in (fitted.books.main, fitted.books.residual) if b is not None]).double()
-    before = sum(coded_loss(slab, [segment], code) for slab, code in zip(slabs, codes, strict=True))
+    before = sum(loss(slab, [segment], code) for slab, code in zip(slabs, codes, strict=True))
     assert total(found) < 0.9 * before
     assert total(found) == pytest.approx(total(best), rel=0.02)
 
