@@ -276,7 +276,7 @@ def plan(
         _note(left)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         _note("torch finds no GPU here, so whether the model fits the run's is left open")
-    elif reason := too_large(loaded, chosen, choose_devices(chosen.device)[0]):
+    elif reason := too_large(loaded, made, chosen, choose_devices(chosen.device)[0]):
         _note(f"a run would stop here: {reason}")
     if chosen.bits is not None and chosen.allocation == "measured":
         _console.print(

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from quantize.allocate import allocate
 from quantize.calibration import wanted_tokens, writes_itself
 from quantize.curvature import coupled
-from quantize.devices import fits
+from quantize.devices import fits, free_memory
 from quantize.kmeans import Books, assign
 from quantize.model import decoder_blocks
 from quantize.plan import Plan, make_plan
 from quantize.recipe import Recipe
 from vllm_vptq.format import LayerSpec, effective_bits
 
+_GIB = 2.0**30
 _STAGES = 4
 """Inputs of a block's linears, about: q with k and v, o, gate with up, down; each takes half a forward pass."""
 
@@ -35,12 +36,23 @@ def planned(model: nn.Module, recipe: Recipe) -> Plan:
     return make_plan(blocks, recipe, allocate(plan.layers, plan.shapes, even, recipe))
 
 
-def too_large(model: nn.Module, recipe: Recipe, device: torch.device, calibrated: bool = False) -> str | None:
+def too_large(
+    model: nn.Module, plan: Plan, recipe: Recipe, device: torch.device, calibrated: bool = False
+) -> str | None:
     """Why a run cannot be done on its first device, with the remedy: some steps need the whole model there.
 
     A run that was killed may be ``calibrated`` already.
     """
-    if fits(model, device):
+    whole = fits(model, device)
+    if recipe.curvature and device.type != "cpu":
+        matrices = _curvature_bytes(plan)
+        room = free_memory(device) - (sum(parameter.nbytes for parameter in model.parameters()) if whole else 0)
+        if 2 * matrices > room:  # the other half is for a batch's activations and their gradients
+            return (
+                f"coupled rows need matrices of {matrices / _GIB:.1f} GiB on {device}, which has room for "
+                f"{max(room, 0) / 2 / _GIB:.1f}; leave them out with a recipe that says curvature: false"
+            )
+    if whole:
         return None
     if recipe.finetune.steps:
         return (
@@ -93,8 +105,13 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
         # What is decoded is kept for the backward pass on a CPU; on a GPU where there is room, which this is not.
         memory += 2 * weights - resident + (12 if device.type == "cpu" else 2) * plan.weights
     if recipe.curvature:
-        memory += 4 * sum(plan.shapes[name][0] ** 2 for name in coupled(plan.shapes))
-    return f"about {_duration(seconds)} and {memory / 2**30:.1f} GiB on this machine ({device.type})"
+        memory += _curvature_bytes(plan)
+    return f"about {_duration(seconds)} and {memory / _GIB:.1f} GiB on this machine ({device.type})"
+
+
+def _curvature_bytes(plan: Plan) -> int:
+    """Of what couples output rows, float32 matrices of every layer at once."""
+    return 4 * sum(plan.shapes[name][0] ** 2 for name in coupled(plan.shapes))
 
 
 def _duration(seconds: float) -> str:

@@ -65,7 +65,7 @@ def quantize_model(
     expected = planned(model, recipe)  # or hours would pass before its mistakes were seen
     report.note(left_dense_note(blocks))
     _require_space(out, model, expected)
-    if reason := too_large(model, recipe, devices[0], "calibration" in parts):
+    if reason := too_large(model, expected, recipe, devices[0], "calibration" in parts):
         raise QuantizeError(reason)
 
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")

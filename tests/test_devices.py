@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize import blocks, devices, estimate, pipeline
+from quantize.curvature import coupled
 from quantize.devices import (
     Clock,
     choose_devices,
@@ -155,7 +156,29 @@ def test_a_model_too_large_for_its_device_needs_text(
     with pytest.raises(QuantizeError, match="--calibration"):
         run(tied, tmp_path / "out", COARSE)
     model = load_shapes(str(tied))
-    assert estimate.too_large(model, COARSE, CPU) and not estimate.too_large(model, COARSE, CPU, calibrated=True)
+    plan = estimate.planned(model, COARSE)
+    assert estimate.too_large(model, plan, COARSE, CPU)
+    assert not estimate.too_large(model, plan, COARSE, CPU, calibrated=True)
+
+
+def test_coupled_rows_need_room_for_their_matrices(tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the model where it is on the GPU whole; with the remedy."""
+    model, gpu = load_shapes(str(tied)), torch.device("cuda", 0)
+    recipe = COARSE.model_copy(update={"curvature": True, "calibration": ("c4.txt",)})
+    plan = estimate.planned(model, recipe)
+    matrices = 4 * sum(plan.shapes[name][0] ** 2 for name in coupled(plan.shapes))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    for whole, free, enough in [
+        (False, 2 * matrices - 1, False),
+        (False, 2 * matrices, True),
+        (True, 2 * matrices, False),
+        (True, 2 * matrices + size, True),
+    ]:
+        monkeypatch.setattr(estimate, "fits", lambda *_, whole=whole: whole)
+        monkeypatch.setattr(estimate, "free_memory", lambda _, free=free: free)
+        reason = estimate.too_large(model, plan, recipe, gpu)
+        assert (reason is None) if enough else (reason and "curvature: false" in reason), (whole, free)
+        assert estimate.too_large(model, plan, recipe.model_copy(update={"curvature": False}), gpu) is None
 
 
 def test_a_model_too_large_to_be_trained_is_refused_before_any_work(
