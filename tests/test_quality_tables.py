@@ -1,9 +1,10 @@
-"""Tables of quality in docs/quantizing.md: every row says what a row of a results file does.
+"""Tables of quality in docs/quantizing.md and quantizing-experiments.md: every row says what a row of a file does.
 
-Where a row may come from is read from the document. The paragraph before a table links its files; if it links none, all
-count that were linked before. A row whose name ends in a mark is of the file that is linked after this mark. Which
-evaluation it is, its tokens and the original's perplexity, says the last paragraph that has both ("40,920 tokens ...
-perplexity is 24.46"). Bits, perplexity and the method, if the row names one, then tell which row of the files it is.
+Where a row may come from is read from its section. The paragraph before a table links its files; if it links none, all
+count that the section linked before. A row whose name ends in a mark is of the file that is linked after this mark.
+Which evaluation it is, its tokens and the original's perplexity, says the last paragraph of the section that has both
+("40,920 tokens ... perplexity is 24.46"). Bits, perplexity and the method, if the row names one, then tell which row of
+the files it is.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import math
 import re
 from collections.abc import Iterator
 
+import pytest
+
 from tests.tiny import ROOT
 
-TEXT = (ROOT / "docs" / "quantizing.md").read_text(encoding="utf8")
+GUIDE, EXPERIMENTS = "docs/quantizing.md", "docs/quantizing-experiments.md"
+TEXTS = {page: (ROOT / page).read_text(encoding="utf8") for page in (GUIDE, EXPERIMENTS)}
 MARKS = "†‡§¶"
 LINK = re.compile(rf"([{MARKS}])|\(\.\./benchmarks/results/(quality-[\w.-]+\.json)\)")
-EVALUATION = re.compile(r"([\d,]+) tokens.*?perplexity\s(?:there\s)?is\s(\d+\.\d+)", re.DOTALL)
+EVALUATION = re.compile(r"([\d,]+)\stokens.*?perplexity\s(?:there\s)?is\s(\d+\.\d+)", re.DOTALL)
 METHODS = {"`fast`": "fast", "`balanced`": "balanced", "`best`": "best", "`paper`": "paper",
            "`gptvq-like`": "gptvq-like", "GPTQ": "gptq", "round to nearest": "rtn"}  # fmt: skip
 # What a column says of a row of results, and of the rows of `paper` on the same text.
@@ -32,28 +36,30 @@ COLUMNS = {
     "KL": lambda row, papers: row["divergence"],
     "CPU seconds": lambda row, papers: row.get("quantize_cpu_s", math.nan),
 }
-# Cells that no file keeps, by the names of their rows.
+# Cells of the guide that no file keeps, by the names of their rows.
 UNKEPT = {
     ("GPTQ, 2 bits", "15,000 to 23,000"): "of five runs, of which one was kept",
     ("GPTQ, 2 bits", "6.4 to 6.8"): "of the same runs",
 }
 
 
-def test_every_row_is_one_of_the_files():
-    rows = list(_rows(TEXT))
-    assert len(rows) > 50
+@pytest.mark.parametrize(("page", "least"), [(GUIDE, 70), (EXPERIMENTS, 20)])
+def test_every_row_is_one_of_the_files(page, least):
+    rows = list(_rows(page))
+    assert len(rows) > least
     problems = [
-        f"docs/quantizing.md:{place}: {name}: {problem}"
+        f"{page}:{place}: {name}: {problem}"
         for place, name, cells, results in rows
         if (problem := _problem(name, cells, results))
     ]
     assert not problems, "\n".join(problems)
-    assert UNKEPT.keys() <= {(name, cell) for _, name, cells, _ in rows for cell in cells.values()}
+    unkept = UNKEPT.keys() & {(name, cell) for _, name, cells, _ in rows for cell in cells.values()}
+    assert unkept == (UNKEPT.keys() if page == GUIDE else set())
 
 
 def test_the_table_of_corrections():
     """Its rows are on the held-out text, its columns the shares in their recipes."""
-    before, heading, rest = TEXT.partition("| `fast` | effective bits | KL with no correction | half |")
+    before, heading, rest = TEXTS[EXPERIMENTS].partition("| `fast` | effective bits | KL with no correction | half |")
     results = [row for _, row in _linked(before.rstrip().rpartition("\n\n")[2]) if row["text"] == "held-out.txt"]
     lines = rest.partition("\n\n")[0].splitlines()[2:]
     assert heading and len(lines) == 4
@@ -71,7 +77,7 @@ def test_the_table_of_corrections():
 
 def test_the_table_of_what_allocation_brought():
     """Excess and KL before and now, of rows of the same text, are in the files that its paragraph links."""
-    before, heading, rest = TEXT.partition("| | 2 bits | 2.25 | 2.5 | 3 | 4 |\n")
+    before, heading, rest = TEXTS[EXPERIMENTS].partition("| | 2 bits | 2.25 | 2.5 | 3 | 4 |\n")
     rows = [row for _, row in _linked(before.rpartition("What this brought")[2])]
     same = ("model", "method", "context", "tokens", "original_perplexity")
     lines = rest.partition("\n\n")[0].splitlines()[1:]
@@ -94,17 +100,19 @@ def test_the_table_of_what_allocation_brought():
             assert any(_says(before_it, COLUMNS[column](row, [])) for row in earlier), (line, bits)
 
 
-def _rows(text: str) -> Iterator[tuple[int, str, dict[str, str], list[tuple[str, dict]]]]:
-    """Of every row of the tables its line, its name, its other cells, and the results that it may be."""
+def _rows(page: str) -> Iterator[tuple[int, str, dict[str, str], list[tuple[str, dict]]]]:
+    """Of every row of a page's tables its line, its name, its other cells, and the results that it may be."""
     place, before, own, evaluation = 1, [], [], None
-    for block in text.split("\n\n"):
+    for block in TEXTS[page].split("\n\n"):
         head, *lines = block.splitlines()
-        if not head.startswith("|"):
+        if head.startswith("#"):
+            before, own, evaluation = [], [], None
+        elif not head.startswith("|"):
             own = _linked(block)
             before += own
             evaluation = EVALUATION.search(block) or evaluation
         elif "| effective bits | perplexity |" in head:
-            assert evaluation, f"docs/quantizing.md:{place}: of how many tokens, and what is the original's perplexity?"
+            assert evaluation, f"{page}:{place}: of how many tokens, and what is the original's perplexity?"
             results = [
                 (mark, row) for mark, row in own or before
                 if _says(evaluation[1], row["tokens"] // row["context"] * (row["context"] - 1))
