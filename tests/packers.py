@@ -121,16 +121,22 @@ def resident_place(tiles: np.ndarray, loads: int, steps: int, width: int = 8) ->
     return row, step * 16 + (LANES % 8 + LANES // 16 * 8 if width == 8 else LANES // 2)[:, None]
 
 
+def bank_mask(row: np.ndarray, image: np.ndarray | int) -> np.ndarray:
+    """What entries exchange their banks by: 0 in the first of three images, and never alike in two."""
+    first = 1 + ((row >> 3 & 7) * 7 >> 3)
+    second = 1 + ((row >> 6 & 7) * 6 >> 3)
+    return np.choose(image, [0 * row, first, second + (second >= first)])
+
+
 def image_row(row: np.ndarray, image: int, rows: int) -> np.ndarray:
     """Row of shared memory of entry ``row`` in image ``image`` of a book of ``rows``."""
-    swap = row >> 3 * image if image else 0
-    return image * round8(rows) + ((row & ~7) | ((row ^ swap) & 7))
+    return image * round8(rows) + (row ^ bank_mask(row, image))
 
 
 def entry_of_image_row(at: np.ndarray, rows: int) -> np.ndarray:
     """The inverse, for any image."""
     image, row = np.divmod(at, round8(rows))
-    entry = row & ~7 | (row ^ np.where(image, row >> 3 * image, 0)) & 7
+    entry = row ^ bank_mask(row, image)
     assert entry.size == 0 or entry.max() < rows
     return entry
 

@@ -30,16 +30,24 @@ struct Exchange {
   }
 };
 
-// Row of shared memory of entry `row` in image `image`: another bank in every image.
-__host__ __device__ inline int image_row(int row, int image, int rows) {
-  const int base = image * ((rows + 7) & ~7);
-  return base + ((row & ~7) | ((row ^ (image ? row >> (3 * image) : 0)) & 7));
+// What the eight entries around `row` exchange their banks by in one of up to three images: nothing in the first, and
+// never alike, so that every entry lies in as many banks as there are images.
+__host__ __device__ inline int bank_mask(int row, int image) {
+  if (image == 0) return 0;
+  const int first = 1 + ((row >> 3 & 7) * 7 >> 3);   // 1 to 7
+  const int second = 1 + ((row >> 6 & 7) * 6 >> 3);  // 1 to 6 for the six that are left
+  return image == 1 ? first : second + (second >= first);
 }
 
-// The inverse: which entry lies in a row of one of up to three images; `rows` is a multiple of 8.
+// Row of shared memory of entry `row` in image `image`.
+__host__ __device__ inline int image_row(int row, int image, int rows) {
+  return image * ((rows + 7) & ~7) + (row ^ bank_mask(row, image));
+}
+
+// The inverse: which entry lies in a row of the images; `rows` is a multiple of 8.
 __device__ __forceinline__ int entry_of_image_row(int at, int rows) {
   const int image = (at >= rows) + (at >= 2 * rows), row = at - image * rows;
-  return row ^ ((image ? row >> (3 * image) : 0) & 7);
+  return row ^ bank_mask(row, image);
 }
 
 // Every row is loaded once and stored to all images; blocks begin at different rows, since all load the same few lines

@@ -362,7 +362,7 @@ def _unit(pass_: Pass, job: Job, tokens: int) -> Unit:
         cost = WARPS * (columns / pass_.slices / 8 * per_phase + 30)
         tile = 1500 + columns * tokens / 32 + (0 if job.dot == ABSENT else 1000)
         return Unit(job, pass_.rows, WARPS, cost, fill=4000, tile=tile, held=job.book)
-    per_phase = {1: 2.7, 2: 1.9, 3: 1.5, 8: 1.1}[pass_.copies] * (2 if pass_.kind == Kind.BYTE_PAIRS else 1)
+    per_phase = {1: 2.7, 2: 1.8, 3: 1.3, 8: 1.1}[pass_.copies] * (2 if pass_.kind == Kind.BYTE_PAIRS else 1)
     cost = columns / 4 * per_phase + 60 * tokens / 8
     return Unit(job, pass_.tiles, 1, cost, fill=2000 + pass_.images_bytes / 64, tile=1500)
 

@@ -102,7 +102,7 @@ def _place_sums(
 
 def _unit(pass_: Pass, job: Job, tokens: int, tiles: int) -> Unit:
     """Costs are cycles of shared memory, or of the L2 cache; only their proportions matter."""
-    images = {1: 10.7, 2: 7.5, 3: 6.0, 8: 4.0}
+    images = {1: 10.7, 2: 7.2, 3: 5.3, 8: 4.0}
     far = pass_.kind in (Kind.FAR, Kind.FAR_BYTES)
     look_up = 44.0 if far else images[pass_.copies]
     books = 2 if pass_.kind == Kind.BYTE_PAIRS else 1
