@@ -278,11 +278,10 @@ _PAPER = {"perm": True, "algorithm": "vptq", "activations": "original", "candida
 PRESETS: dict[str, dict[str, Any]] = {
     # Second moments of the quantized prefix, targets that make up for its drift, joint books, one refinement.
     "fast": {"rounds": 1, "correction": 0.5, "allocation": "uniform"},
-    # More of each, bits by measured sensitivity, output rows coupled, and a short training end to end.
+    # More of each, bits by measured sensitivity, and a short training end to end.
     "balanced": {
         "rounds": 3,
         "correction": 0.5,
-        "curvature": True,
         "iterations": 20,
         "tokens": 32768,
         "tokens_per_input": 16,
@@ -291,7 +290,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "rounds": 6,
         "correction": 0.5,
-        "curvature": True,
         "iterations": 20,
         "candidates": 8,
         "tokens": 131072,
