@@ -53,6 +53,10 @@ _Tokens = Annotated[
 ]
 _Context = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence [256].")]
 _Steps = Annotated[int | None, typer.Option(help="Training end to end, 0 for none [what the recipe says].")]
+_Curvature = Annotated[
+    bool | None,
+    typer.Option("--curvature/--no-curvature", help="Couple output rows by the end loss's curvature: slower [no]."),
+]
 _Seed = Annotated[int | None, typer.Option(help="Same seed, same files [0].")]
 _Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")]
 _Revision = Annotated[str | None, typer.Option(help="The model's branch, tag or commit on the hub [main].")]
@@ -79,6 +83,7 @@ def run(
     tokens: _Tokens = None,
     context: _Context = None,
     finetune_steps: _Steps = None,
+    curvature: _Curvature = None,
     seed: _Seed = None,
     device: _Device = None,
     ray: Annotated[
@@ -113,6 +118,7 @@ def run(
         calibration=calibration or None,
         tokens=tokens,
         context=context,
+        curvature=curvature,
         seed=seed,
         device=device,
     )
@@ -240,6 +246,7 @@ def plan(
     tokens: _Tokens = None,
     context: _Context = None,
     finetune_steps: _Steps = None,
+    curvature: _Curvature = None,
     seed: _Seed = None,
     device: _Device = None,
     revision: _Revision = None,
@@ -266,6 +273,7 @@ def plan(
         calibration=calibration or None,
         tokens=tokens,
         context=context,
+        curvature=curvature,
         seed=seed,
         device=device,
     )

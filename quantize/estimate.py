@@ -50,7 +50,7 @@ def too_large(
         if 2 * matrices > room:  # the other half is for a batch's activations and their gradients
             return (
                 f"coupled rows need matrices of {matrices / _GIB:.1f} GiB on {device}, which has room for "
-                f"{max(room, 0) / 2 / _GIB:.1f}; leave them out with a recipe that says curvature: false"
+                f"{max(room, 0) / 2 / _GIB:.1f}; leave them out: --no-curvature, or curvature: false"
             )
     if whole:
         return None

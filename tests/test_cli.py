@@ -95,17 +95,22 @@ def test_a_plan_takes_the_words_of_a_run(
     values |= {"--vector-length": 8, "--centroids": 16, "--residual-centroids": 0, "--bits": 5, "--books": "any"}
     commands: Any = typer.main.get_command(cli.app)
     run_, plan_ = ({o for p in commands.commands[c].params for o in p.opts if o[0] == "-"} for c in ("run", "plan"))
-    assert run_ - plan_ == {"--out", "--ray"} and plan_ - set(values) == {"--trust-remote-code", "--revision"}
+    assert run_ - plan_ == {"--out", "--ray"} and plan_ - set(values) == {
+        "--trust-remote-code",
+        "--revision",
+        "--curvature",
+    }
     (tmp_path / "recipe.yaml").write_text("damping: 0.02\n")
     recipes: list[Recipe] = []
     monkeypatch.setattr(pipeline, "quantize_model", lambda *words: recipes.append(words[2]) or sys.exit(7))
     monkeypatch.setattr(estimate, "estimate", lambda model, plan, recipe: recipes.append(recipe) or "about a day")
-    words = [word for pair in values.items() for word in pair]
+    words = [*(word for pair in values.items() for word in pair), "--curvature"]
     assert call("run", tied, "--out", tmp_path / "q", *words)[0] == 7
     code, out, _ = call("plan", tied, *words)
     assert code == 0 and "about a day" in out
     training = {"steps": 2}
     expected = PRESETS["balanced"] | {"calibration": [str(text_file)], "finetune": training, "damping": 0.02}
+    expected["curvature"] = True
     numbers = {name.strip("-").replace("-", "_"): value for name, value in values.items() if isinstance(value, int)}
     del numbers["finetune_steps"]
     numbers["tokens_per_input"] = 0  # tokens that are asked for are exact
