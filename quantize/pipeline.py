@@ -52,6 +52,21 @@ def quantize_model(
     A run into the ``out`` of a killed one with the same model and recipe goes on where that stopped. ``trust`` allows
     code that the model brings along to run; ``revision`` is the model's on the hub.
     """
+    run, plan, versions = code_model(source, out, recipe, report, cluster, trust, revision)
+    finish_model(run, plan, out, versions)
+    return plan
+
+
+def code_model(
+    source: str,
+    out: Path,
+    recipe: Recipe,
+    report: Report,
+    cluster: Share | None = None,
+    trust: bool = False,
+    revision: str | None = None,
+) -> tuple[Run, Plan, dict[str, str]]:
+    """The first half of :func:`quantize_model`: all layers coded, as parts in ``out``; and the versions of all."""
     devices = choose_devices(recipe.device)
     if cluster is None:
         native.prepare(devices[0])
@@ -79,14 +94,18 @@ def quantize_model(
     report.plan(source, plan.specs, plan.weights, plan.bits)
     report.stage("quantizing")
     quantize_blocks(run, plan, first_inputs(model, blocks, run.block_batches()), weights)
-    if recipe.finetune.steps:
-        report.stage("fine-tuning")
-        finetune_model(run, plan)
     if commit := commit_of(source, revision):
-        versions[REVISION] = commit  # a branch may move
+        versions = versions | {REVISION: commit}  # a branch may move
+    return run, plan, versions
+
+
+def finish_model(run: Run, plan: Plan, out: Path, versions: dict[str, str]) -> None:
+    """The second half: trains end to end if the recipe asks for it, and turns parts into a checkpoint."""
+    if run.recipe.finetune.steps:
+        run.report.stage("fine-tuning")
+        finetune_model(run, plan)
     _write(run, plan, out, versions)
-    parts.remove()
-    return plan
+    run.parts.remove()
 
 
 def _require_space(out: Path, model: nn.Module, plan: Plan) -> None:
