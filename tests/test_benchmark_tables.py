@@ -240,12 +240,17 @@ def test_the_table_of_crossovers_gives_geometric_means_of_the_rows():
             assert cell == " / ".join(f"{mean:.2f}" for mean in means), (name, tokens)
 
 
-def test_the_table_of_counters_gives_those_of_its_file():
-    rows = json.loads((ROOT / "benchmarks" / "results" / "counters-2026-11-29-h200.json").read_text())["rows"]
+LISTS = "counters-2026-11-29-h200-lists.json"
+
+
+def test_the_table_of_counters_gives_those_of_its_files():
+    folder = ROOT / "benchmarks" / "results"
+    rows = json.loads((folder / "counters-2026-11-29-h200.json").read_text())["rows"]
+    rows += [row for row in json.loads((folder / LISTS).read_text())["rows"] if row["format"] == "v6-k4096"]
     text = (ROOT / "docs" / "kernels.md").read_text().partition("| one token, with a norm |")[2].partition("\n\n")[0]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     cells = {line[0]: line[1:] for line in lines}
-    assert len(rows) == 6 and len(cells) == len(lines) == 16
+    assert len(rows) == 7 and len(cells) == len(lines) == 16
 
     def counted(name: str, form: str, over: str | float = 1.0) -> list[str]:
         counters = [row["counters"] for row in rows]
@@ -272,6 +277,34 @@ def test_the_table_of_counters_gives_those_of_its_file():
     for reason in ("short_scoreboard", "long_scoreboard", "wait", "barrier", "gmma"):
         (line,) = (line for line in lines if f"(`{reason}`)" in line[0])
         assert line[1:] == [f"{row['stalls_percent'][reason]:.0f}" for row in rows]
+
+
+def test_the_table_of_lists_gives_the_counters_of_its_file():
+    rows = json.loads((ROOT / "benchmarks" / "results" / LISTS).read_text())["rows"]
+    text = (ROOT / "docs" / "kernels.md").read_text().partition("| lists, with a norm |")[2].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    lists = [row for row in rows if row["kernel"] == "multiply_kernel"]
+    assert len(lines) == len(lists) == 11
+    pipe = "l1tex__data_pipe_lsu_wavefronts"
+    percents = (
+        f"{pipe}.avg.pct_of_peak_sustained_active",
+        "sm__issue_active.avg.pct_of_peak_sustained_active",
+        "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    )
+    for line, row in zip(lines, lists, strict=True):
+        counted, stalls, tokens = row["counters"], row["stalls_percent"], row["tokens"]
+        v, *books = map(int, re.findall(r"\d+", row["format"]))
+        look_ups = row["outputs"] * row["inputs"] / 8 * len(books) / 32  # of 32 rows of 16 bytes
+        activations = tokens // 8 * look_ups / (v // 8)  # looked up once for both planes of a vector
+        wanted = [f"{row['format']}, {row['outputs']} × {row['inputs']}", str(tokens)]
+        wanted += [f"{counted[name] / 1e3:.1f}" for name in ("gpu__time_duration.sum", "sm__cycles_active.avg")]
+        for name in ("sm__cycles_active", pipe, "l1tex__data_bank_conflicts_pipe_lsu_mem_shared"):
+            wanted.append(f"{counted[f'{name}.sum'] / look_ups:.1f}")
+        wanted.append(f"{counted['smsp__inst_executed_op_ldsm.sum'] / (look_ups + activations):.2f}")
+        wanted += [f"{counted[name]:.0f}" for name in percents]
+        wanted += [f"{stalls[reason]:.0f}" for reason in ("short_scoreboard", "long_scoreboard", "wait", "barrier")]
+        assert line == wanted
 
 
 def test_serving_tables_says_how_it_is_called(monkeypatch, capsys):
