@@ -53,7 +53,9 @@ def test_the_help_of_the_command_line_names_the_defaults() -> None:
     for field, option in inspect.signature(cli.run).parameters.items():
         if field in Recipe.model_fields and field not in ("calibration", "bits"):
             (info,) = get_type_hints(cli.run, include_extras=True)[field].__metadata__
-            assert option.default is None and f"[{Recipe.model_fields[field].default}]" in info.help, field
+            default = Recipe.model_fields[field].default
+            shown = {False: "no", True: "yes"}[default] if isinstance(default, bool) else default
+            assert option.default is None and f"[{shown}]" in info.help, field
 
 
 def test_the_example_of_the_module_reads(tmp_path: Path) -> None:
