@@ -95,7 +95,7 @@ def code_model(
     report.stage("quantizing")
     quantize_blocks(run, plan, first_inputs(model, blocks, run.block_batches()), weights)
     if commit := commit_of(source, revision):
-        versions = versions | {REVISION: commit}  # a branch may move
+        versions[REVISION] = commit  # a branch may move
     return run, plan, versions
 
 

@@ -182,12 +182,7 @@ def _figures_are_in(text: str, name: str, format_name: str | None) -> None:
     ],
 )
 def test_tables_of_kernels_give_geometric_means_of_the_rows(files, norm, dtype, heading):
-    """Of the last file that has a row."""
-    kept = {}
-    for file in files:
-        results = json.loads((ROOT / "benchmarks" / "results" / f"kernels-2026-11-29-{file}.json").read_text())
-        kept |= {(r["format"], r["layer"], r["tokens"], r["norm"], r["dtype"], r["layout"]): r for r in results["rows"]}
-    rows = [r for r in kept.values() if (r["norm"], r["dtype"], r["layout"]) == (norm, dtype, "stationary")]
+    rows = _kernel_rows(files, norm, dtype).values()
     table = (ROOT / "docs" / "kernels.md").read_text().partition(heading)
     assert table[2]
     head, _, *lines = (table[1] + table[2]).partition("\n\n")[0].splitlines()
@@ -206,20 +201,26 @@ def test_tables_of_kernels_give_geometric_means_of_the_rows(files, norm, dtype, 
 
 
 def test_the_table_of_bandwidths_gives_those_of_the_rows():
-    rows = {}
-    for file in ("h200", "h200-images"):
-        results = json.loads((ROOT / "benchmarks" / "results" / f"kernels-2026-11-29-{file}.json").read_text())
-        rows |= {
-            (r["format"], r["layer"], r["tokens"]): r
-            for r in results["rows"]
-            if (r["norm"], r["dtype"], r["layout"]) == (False, "float16", "stationary")
-        }
+    rows = _kernel_rows(["h200", "h200-images"], False, "float16")
     text = (ROOT / "docs" / "kernels.md").read_text().partition("| | 8B gate_up: 1 token | 8 | 64 |")[2]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.partition("\n\n")[0].splitlines()[2:]]
     assert {line[0] for line in lines} == {name for name, *_ in rows}
     for name, *cells in lines:
         own = [rows[name, layer, tokens] for layer in ("8B gate_up", "70B down") for tokens in (1, 8, 64)]
         assert cells == [f"{row['memory_percent']:.0f} / {row['gather_percent']:.0f}" for row in own], name
+
+
+def _kernel_rows(files: list[str], norm: bool, dtype: str) -> dict[tuple[str, str, int], dict]:
+    """Stationary rows by format, layer and tokens, each of the last file that has it."""
+    kept = {}
+    for file in files:
+        results = json.loads((ROOT / "benchmarks" / "results" / f"kernels-2026-11-29-{file}.json").read_text())
+        kept |= {
+            (r["format"], r["layer"], r["tokens"]): r
+            for r in results["rows"]
+            if (r["norm"], r["dtype"], r["layout"]) == (norm, dtype, "stationary")
+        }
+    return kept
 
 
 def test_the_table_of_crossovers_gives_geometric_means_of_the_rows():

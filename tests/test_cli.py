@@ -110,11 +110,10 @@ def test_a_plan_takes_the_words_of_a_run(
     assert code == 0 and "about a day" in out
     training = {"steps": 2}
     expected = PRESETS["balanced"] | {"calibration": [str(text_file)], "finetune": training, "damping": 0.02}
-    expected["curvature"] = True
     numbers = {name.strip("-").replace("-", "_"): value for name, value in values.items() if isinstance(value, int)}
     del numbers["finetune_steps"]
     numbers["tokens_per_input"] = 0  # tokens that are asked for are exact
-    assert recipes == [Recipe(**expected | numbers, device="cpu")] * 2
+    assert recipes == [Recipe(**expected | numbers, curvature=True, device="cpu")] * 2
     assert "bits a weight in a GPU's memory, by layout: " in out and " stationary" in out
 
 

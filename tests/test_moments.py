@@ -112,22 +112,26 @@ def test_weighted_moments(model: nn.Module) -> None:
 
 def test_shrinking_takes_the_noise_of_a_sample() -> None:
     """Nearer to the truth than the sample; all that is left of independent outputs is the diagonal."""
+
+    def sampled(g: Tensor) -> tuple[Tensor, Tensor]:
+        squares = g.square()
+        sample, fourth = g.T @ g / len(g), (squares.sum(1).square() - squares.square().sum(1)).mean()
+        return sample, shrunk(sample, float(fourth), len(g))
+
+    def apart(matrix: Tensor) -> Tensor:
+        return matrix - matrix.diagonal().diag()
+
     gen = torch.Generator().manual_seed(1)
     mixing = torch.randn(40, 40, generator=gen) * torch.logspace(0, -1, 40)
     whole = mixing @ mixing.T
     for tokens, least, most in [(60, 0.05, 0.6), (20000, 0.0, 0.005)]:
-        g = torch.randn(tokens, 40, generator=gen) @ mixing.T
-        sample, squares = g.T @ g / tokens, g.square()
-        fourth = float((squares.sum(1).square() - squares.square().sum(1)).mean())
-        found = shrunk(sample, fourth, tokens)
+        sample, found = sampled(torch.randn(tokens, 40, generator=gen) @ mixing.T)
         assert (found - whole).norm() < (sample - whole).norm()
-        kept = float((found - sample).norm() / (sample - sample.diagonal().diag()).norm())
-        assert least <= kept <= most, tokens
+        taken = float((found - sample).norm() / apart(sample).norm())
+        assert least <= taken <= most, tokens
         assert torch.equal(found.diagonal(), sample.diagonal())
-    g = torch.randn(50, 40, generator=gen)
-    sample, squares = g.T @ g / 50, g.square()
-    alone = shrunk(sample, float((squares.sum(1).square() - squares.square().sum(1)).mean()), 50)
-    assert (alone - alone.diagonal().diag()).norm() < 0.2 * (sample - sample.diagonal().diag()).norm()
+    sample, found = sampled(torch.randn(50, 40, generator=gen))
+    assert apart(found).norm() < 0.2 * apart(sample).norm()
 
 
 @pytest.mark.parametrize("update", [{"guided": 2}, {"curvature": True}, {"activations": "original"}], ids=str)
