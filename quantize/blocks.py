@@ -105,9 +105,9 @@ def _targets(
     targets = {name: block.linears[name].weight.data for name in missing}
     moments = {}
     if reference is not None and twin is not None:
-        cross, moment = drift(i, block, twin, stage[0], batches, reference)
-        targets = {name: corrected(w, cross, moment, run.recipe.correction) for name, w in targets.items()}
-        moments = dict.fromkeys(stage, moment)
+        drifted = drift(i, block, twin, stage[0], batches, reference)
+        targets = {name: corrected(w, drifted, run.recipe.correction) for name, w in targets.items()}
+        moments = dict.fromkeys(stage, drifted.moment)
     if not moments or weights is not None:
         moments = collect(i, block, stage, batches, weights)
     return targets, moments

@@ -2,8 +2,11 @@
 
 With x what the original's prefix gives a linear and y what the coded one does, the best any weight can do is not
 ``Q = W`` but the minimum of ``E |W x - Q y|^2``, ``W + W E[(x - y) y^T] E[y y^T]^-1``: quantization error propagation
-(QEP, https://arxiv.org/abs/2504.09629; GPTAQ, https://arxiv.org/abs/2504.02692, has the same aim). A share below one
-goes part of the way, because the expectations are those of a calibration text.
+(QEP, https://arxiv.org/abs/2504.09629; GPTAQ, https://arxiv.org/abs/2504.02692, has the same aim). Where the output is
+added to a residual stream, r in the original and s after the coded prefix, what that has lost can be made up for, too:
+the minimum of ``E |W x + r - Q y - s|^2`` has ``E[(r - s) y^T] E[y y^T]^-1`` in addition (LoaQ,
+https://arxiv.org/abs/2509.06297). A share below one goes part of the way, because the expectations are those of a
+calibration text.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,53 +46,109 @@ class Original:
                 batch.keep(batch.run(i, twin))
 
 
+@dataclass(frozen=True)
+class Drift:
+    """What a linear of ``[out_features, in_features]`` receives after the coded prefix, beside what it did; float32."""
+
+    inputs: Tensor
+    """``E[(x - y) y^T]``, ``[in_features, in_features]``."""
+    moment: Tensor
+    """``E[y y^T]``, ``[in_features, in_features]``."""
+    residual: Tensor | None = None
+    """``E[(r - s) y^T]``, ``[out_features, in_features]``; None where the output is not added to a residual stream."""
+
+
 @torch.inference_mode()
-def drift(
-    i: int, block: Block, twin: nn.Module, linear: str, batches: Sequence[Batch], original: Original
-) -> tuple[Tensor, Tensor]:
-    """``E[(x - y) y^T]`` and ``E[y y^T]``, float32 ``[in_features, in_features]``, of a linear of block i.
+def drift(i: int, block: Block, twin: nn.Module, linear: str, batches: Sequence[Batch], original: Original) -> Drift:
+    """How far the inputs of a linear of block i, and the residual stream that its output is added to, have drifted.
 
     The linear goes by its full name; ``twin`` is the block as it was. Routed experts have no drift here: which tokens
     they get depends on the prefix.
     """
-    coded, before = block.linears[linear], twin.get_submodule(linear.removeprefix(f"{block.name}."))
+    local = linear.removeprefix(f"{block.name}.")
+    coded = block.linears[linear]
+    stream = residual_stream(i, twin, local, original.batches[0])
     moment = SecondMoment(coded.in_features, coded.weight.device)
     cross = torch.zeros(coded.in_features, coded.in_features, device=coded.weight.device)
+    residual = None if stream is None else torch.zeros(coded.weight.shape, device=coded.weight.device)
     paired = 0
     for batch, reference in zip(batches, original.batches, strict=True):
-        y = _input(i, block.module, coded, batch)
+        y, s = _received(i, block.module, local, stream, batch)
         moment.add(y)
         if len(y) != batch.hidden[..., 0].numel():
             continue  # an expert, which the coded prefix may route other tokens to
-        cross.addmm_((_input(i, twin, before, reference) - y).T, y)
+        x, r = _received(i, twin, local, stream, reference)
+        cross.addmm_((x - y).T, y)
+        if residual is not None:
+            residual.addmm_((r - s).T, y)
         paired += len(y)
     try:
-        return cross / max(paired, 1), moment.mean()
+        mean = moment.mean()
     except QuantizeError as error:
         raise QuantizeError(f"{linear}: {error}") from error
+    count = max(paired, 1)
+    return Drift(cross / count, mean, None if residual is None else residual / count)
 
 
-def _input(i: int, module: nn.Module, linear: nn.Linear, batch: Batch) -> Tensor:
-    """What a linear of a block receives: float32 ``[tokens, in_features]``."""
-    seen: list[Tensor] = []
+@torch.inference_mode()
+def residual_stream(i: int, module: nn.Module, linear: str, batch: Batch) -> str | None:
+    """Where block i has the residual stream that a linear's output is added to, unscaled; None if it is added to none.
 
-    def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].flatten(0, -2).float())
-        raise Stop
+    That is, the module whose input it is, by its name in the block: "" is the block itself. Found by looking: with one
+    such input and the linear's output a sum, bit for bit, that a later module of the block receives or the block gives.
+    """
+    inputs: list[tuple[str, Tensor]] = []
+    outputs: list[tuple[int, Tensor]] = []
 
-    hook = linear.register_forward_pre_hook(record)
+    def receive(name: str, _: nn.Module, args: tuple[object, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            inputs.append((name, args[0]))
+
+    hooks = [part.register_forward_pre_hook(partial(receive, name)) for name, part in module.named_modules()]
+    writer = module.get_submodule(linear)
+    hooks.append(writer.register_forward_hook(lambda _, __, output: outputs.append((len(inputs), output))))
+    result = batch.run(i, module)
+    for hook in hooks:
+        hook.remove()
+    if len(outputs) != 1:
+        return None
+    position, output = outputs[0]
+    sums = [tensor for _, tensor in inputs[position:]] + [result]
+    for name, stream in inputs[:position]:
+        if stream.shape == output.shape and any(torch.equal(stream + output, found) for found in sums):
+            return name
+    return None
+
+
+def _received(i: int, module: nn.Module, linear: str, stream: str | None, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What a linear receives, and where there is one, the residual stream: float32 ``[tokens, features]``."""
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[name] = args[0].flatten(0, -2).float()
+        if name == linear:
+            raise Stop
+
+    names = [linear] if stream is None else [stream, linear]
+    hooks = [module.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in names]
     with contextlib.suppress(Stop):
         batch.run(i, module)
-    hook.remove()
-    return seen[0] if seen else torch.empty(0, linear.in_features, device=linear.weight.device)
+    for hook in hooks:
+        hook.remove()
+    empty = torch.empty(0, module.get_submodule(linear).in_features, device=batch.hidden.device)
+    received = seen.get(linear, empty)
+    return received, seen.get(stream, received) if stream is not None else received
 
 
-def corrected(weight: Tensor, cross: Tensor, moment: Tensor, share: float) -> Tensor:
-    """The weight ``[out_features, in_features]`` in float32, moved by ``share`` to the best for drifted inputs."""
+def corrected(weight: Tensor, drift: Drift, share: float) -> Tensor:
+    """The weight ``[out_features, in_features]`` in float32, moved by ``share`` to the best for what has drifted."""
+    missed = weight.float() @ drift.inputs
+    if drift.residual is not None:
+        missed += drift.residual
     damping = _DAMPING
     for _ in range(_DAMPING_STEPS):
-        lower, failed = torch.linalg.cholesky_ex(damp(moment, damping)[0])
+        lower, failed = torch.linalg.cholesky_ex(damp(drift.moment, damping)[0])
         if not failed:
-            return weight.float() + share * torch.cholesky_solve((weight.float() @ cross).T, lower).T
+            return weight.float() + share * torch.cholesky_solve(missed.T, lower).T
         damping *= 4
     return weight.float()
