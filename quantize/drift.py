@@ -5,8 +5,9 @@ With x what the original's prefix gives a linear and y what the coded one does, 
 (QEP, https://arxiv.org/abs/2504.09629; GPTAQ, https://arxiv.org/abs/2504.02692, has the same aim). Where the output is
 added to a residual stream, r in the original and s after the coded prefix, what that has lost can be made up for, too:
 the minimum of ``E |W x + r - Q y - s|^2`` has ``E[(r - s) y^T] E[y y^T]^-1`` in addition (LoaQ,
-https://arxiv.org/abs/2509.06297). A share below one goes part of the way, because the expectations are those of a
-calibration text.
+https://arxiv.org/abs/2509.06297). There tokens count by the inverse square of their ``W x + r``, which a norm divides
+by before anything reads it: the first tokens of many models are a thousand times as large as others. A share below one
+goes part of the way, because the expectations are those of a calibration text.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from quantize.model import Batch, Block, Stop
 
 _DAMPING = 0.01
 _DAMPING_STEPS = 8
+_TINY = 1e-30
 
 
 class Original:
@@ -55,7 +57,10 @@ class Drift:
     moment: Tensor
     """``E[y y^T]``, ``[in_features, in_features]``."""
     residual: Tensor | None = None
-    """``E[(r - s) y^T]``, ``[out_features, in_features]``; None where the output is not added to a residual stream."""
+    """``E[(r - s) y^T]``, ``[out_features, in_features]``; None where the output is not added to a residual stream.
+
+    With one, all three are weighted means over tokens.
+    """
 
 
 @torch.inference_mode()
@@ -66,28 +71,33 @@ def drift(i: int, block: Block, twin: nn.Module, linear: str, batches: Sequence[
     they get depends on the prefix.
     """
     local = linear.removeprefix(f"{block.name}.")
-    coded = block.linears[linear]
+    coded, before = block.linears[linear], twin.get_submodule(local)
     stream = residual_stream(i, twin, local, original.batches[0])
     moment = SecondMoment(coded.in_features, coded.weight.device)
     cross = torch.zeros(coded.in_features, coded.in_features, device=coded.weight.device)
     residual = None if stream is None else torch.zeros(coded.weight.shape, device=coded.weight.device)
-    paired = 0
+    paired, total = 0, 0.0
     for batch, reference in zip(batches, original.batches, strict=True):
         y, s = _received(i, block.module, local, stream, batch)
-        moment.add(y)
         if len(y) != batch.hidden[..., 0].numel():
+            moment.add(y)
             continue  # an expert, which the coded prefix may route other tokens to
         x, r = _received(i, twin, local, stream, reference)
-        cross.addmm_((x - y).T, y)
+        weight = torch.ones(len(y), device=y.device)
         if residual is not None:
-            residual.addmm_((r - s).T, y)
-        paired += len(y)
+            weight = 1 / (r + x @ before.weight.float().T).square().mean(-1).clamp_min(_TINY)
+            residual.addmm_((r - s).T, weight[:, None] * y)
+        moment.add(y, weight)
+        cross.addmm_((x - y).T, weight[:, None] * y)
+        paired, total = paired + len(y), total + float(weight.sum())
     try:
         mean = moment.mean()
     except QuantizeError as error:
         raise QuantizeError(f"{linear}: {error}") from error
-    count = max(paired, 1)
-    return Drift(cross / count, mean, None if residual is None else residual / count)
+    if residual is not None:
+        residual /= total
+        mean *= paired / total
+    return Drift(cross / (total or 1.0), mean, residual)
 
 
 @torch.inference_mode()

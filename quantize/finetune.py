@@ -18,12 +18,17 @@ from quantize.coded import CodedLinear
 
 Progress = Callable[[int, int, float], None]
 
+_LEAST = 0.1
+"""Of the median size, for elements of norms and biases that are close to zero."""
+
 
 @dataclass
 class Training:
     """Parameters on their way, all that is needed to go on after a stop: ``state`` and ``step``.
 
-    ``rate`` is the first step's size relative to the root mean square of the tensor it changes.
+    ``rate`` is the first step's size relative to what it changes: to a book's root mean square, to every element of
+    norms, scales and biases itself. Of those a few can be hundreds of times as large as others: biases of Qwen2.5's
+    ``k_proj`` have a median of 0.7 and reach 354.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -33,16 +38,14 @@ class Training:
     losses: list[float] = field(default_factory=list)
     """Of every step so far, end to end."""
     _moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _size: dict[str, float] = field(default_factory=dict)
+    _sizes: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, parameter in self.parameters.items():
             self._moments[name] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            self._size[name] = float(parameter.detach().square().mean().sqrt())
-        # A column's shift is small where it can be moved by as much as its scale.
-        for name in self._size:
-            if name.endswith("weight_bias"):
-                self._size[name] = self._size[name.removesuffix("weight_bias") + "weight_scale"]
+            # A column's shift is small where it can be moved by as much as its scale.
+            moved = name.removesuffix("weight_bias") + "weight_scale" if name.endswith("weight_bias") else name
+            self._sizes[name] = sizes(self.parameters[moved].detach(), name.endswith("centroids"))
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +70,8 @@ class Training:
         roots = torch._foreach_sqrt(torch._foreach_div(second, 1 - 0.95**self.step))
         torch._foreach_add_(roots, 1e-12)
         torch._foreach_div_(steps, roots)
-        torch._foreach_mul_(steps, [-rate * self._size[name] for name, _, _ in named])
+        torch._foreach_mul_(steps, [self._sizes[name] for name, _, _ in named])
+        torch._foreach_mul_(steps, -rate)
         torch._foreach_add_([parameter for _, parameter, _ in named], steps)
         for _, parameter, _ in named:
             parameter.grad = None
@@ -76,7 +80,7 @@ class Training:
         """Everything that changes, as tensors by name."""
         state = {f"value:{name}": parameter.detach() for name, parameter in self.parameters.items()}
         for name, (first, second) in self._moments.items():
-            state |= {f"first:{name}": first, f"second:{name}": second, f"size:{name}": torch.tensor(self._size[name])}
+            state |= {f"first:{name}": first, f"second:{name}": second, f"size:{name}": self._sizes[name]}
         return state | {"step": torch.tensor(self.step), "losses": torch.tensor(self.losses, dtype=torch.float64)}
 
     @torch.no_grad()
@@ -85,9 +89,16 @@ class Training:
         self.step, self.losses = int(state["step"]), state["losses"].tolist()
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"value:{name}"])
-            self._size[name] = float(state[f"size:{name}"])
+            self._sizes[name].copy_(state[f"size:{name}"])
             for moment, kind in zip(self._moments[name], ("first", "second"), strict=True):
                 moment.copy_(state[f"{kind}:{name}"])
+
+
+def sizes(value: Tensor, book: bool) -> Tensor:
+    """What steps are relative to, in the shape of ``value``: see :class:`Training`. Small elements can still move."""
+    if book:
+        return value.square().mean().sqrt().expand_as(value).clone()
+    return value.abs().maximum(_LEAST * value.abs().median())
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
