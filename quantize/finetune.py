@@ -18,6 +18,7 @@ from quantize.coded import CodedLinear
 
 Progress = Callable[[int, int, float], None]
 
+_PIECE_TOKENS = 2048
 _LEAST = 0.1
 """Of the median size, for elements of norms and biases that are close to zero."""
 
@@ -128,23 +129,32 @@ def tune_model(
     progress: Progress,
     checkpoint: Callable[[Training], None],
 ) -> None:
-    """Trains until ``training.steps``: step i on batch ``i % len(batches)``, token ids int64 ``[n, context]``."""
+    """Trains until ``training.steps``: step i on batch ``i % len(batches)``, token ids int64 ``[n, context]``.
+
+    A batch goes through in pieces: logits of all its tokens at once would be gigabytes.
+    """
     device_type = batches[0].device.type
     while training.step < training.steps:
         ids = batches[training.step % len(batches)]
-        with torch.no_grad():
-            wanted = torch.log_softmax(teacher(ids, use_cache=False).logits.flatten(0, 1).float(), -1)
-        # CPUs without units for bfloat16, most of them, take longer with it.
-        with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
-            logits = student(ids, use_cache=False).logits.flatten(0, 1)
-        found = torch.log_softmax(logits.float(), -1)
-        loss = nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
-        del logits, found, wanted
-        loss.backward()
+        loss = 0.0
+        for piece in ids.split(max(1, _PIECE_TOKENS // ids.shape[1])):
+            divergence = _divergence(student, teacher, piece, device_type) * (len(piece) / len(ids))
+            divergence.backward()
+            loss += float(divergence.detach())
         training.update()
-        training.losses.append(float(loss.detach()))
-        progress(training.step, training.steps, training.losses[-1])
+        training.losses.append(loss)
+        progress(training.step, training.steps, loss)
         checkpoint(training)
+
+
+def _divergence(student: nn.Module, teacher: nn.Module, ids: Tensor, device_type: str) -> Tensor:
+    with torch.no_grad():
+        wanted = torch.log_softmax(teacher(ids, use_cache=False).logits.flatten(0, 1).float(), -1)
+    # CPUs without units for bfloat16, most of them, take longer with it.
+    with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
+        logits = student(ids, use_cache=False).logits.flatten(0, 1)
+    found = torch.log_softmax(logits.float(), -1)
+    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 def tune_block(run: Callable[[int], Tensor], wanted: list[Tensor], training: Training) -> tuple[float, float]:

@@ -140,7 +140,7 @@ class Finetuning(_Strict):
     """Training end to end: how far and how fast, the rate being the first step's size relative to what it changes."""
 
     steps: Annotated[int, Field(ge=0, description="0 for none")] = 0
-    tokens: Annotated[int, Field(ge=32, description="calibration tokens a step")] = 512
+    tokens: Annotated[int, Field(ge=32, description="calibration tokens a step")] = 4096
     rate: _Rate = None
 
 

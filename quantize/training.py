@@ -19,13 +19,13 @@ from quantize.run import Run, tuned_part
 from vllm_vptq.format import LayerSpec, dequantize
 
 _CHECKPOINT_SECONDS = 120.0
-_RATE, _RATE_BITS = 5e-3, 2.25
+_RATE, _RATE_BITS = 2e-3, 2.25
 _KEPT_BYTES = 8
 """Of a decoded weight, in float32 and as the product takes it, where it is kept for the backward pass."""
 
 
 def first_rate(asked: float | None, specs: Sequence[LayerSpec]) -> float:
-    """The rate that a recipe asks for; else 0.005, halved with every index bit a weight beyond 2.25 on average.
+    """The rate that a recipe asks for; else 0.002, halved with every index bit a weight beyond 2.25 on average.
 
     What books leave of a weight halves with every bit; steps that mend more than they spoil at 2 bits do not at 4.
     """

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from quantize import finetune
 from quantize.coded import CodedLinear
 from quantize.finetune import Training, replace_linears, trainable, tune_model
 from quantize.recipe import LayerRecipe, Recipe
@@ -125,10 +126,10 @@ def test_steps_are_smaller_where_books_leave_less() -> None:
         return LayerSpec(columns, 64, v, k, 0)
 
     assert first_rate(0.25, [spec(2, 256)]) == 0.25
-    assert first_rate(None, [spec(8, 256), spec(4, 256)]) == 0.005
-    assert first_rate(None, [spec(2, 256)]) == pytest.approx(0.005 * 2**-1.75)
-    assert first_rate(None, [spec(2, 256), spec(8, 256)]) == pytest.approx(0.005 * 2**-0.25)
-    assert first_rate(None, [spec(2, 256, 1536), spec(8, 256)]) == pytest.approx(0.005 * 2**-1)  # by weights
+    assert first_rate(None, [spec(8, 256), spec(4, 256)]) == 0.002
+    assert first_rate(None, [spec(2, 256)]) == pytest.approx(0.002 * 2**-1.75)
+    assert first_rate(None, [spec(2, 256), spec(8, 256)]) == pytest.approx(0.002 * 2**-0.25)
+    assert first_rate(None, [spec(2, 256, 1536), spec(8, 256)]) == pytest.approx(0.002 * 2**-1)  # by weights
 
 
 def test_training_brings_the_student_to_its_teacher_on_other_text() -> None:
@@ -144,6 +145,41 @@ def test_training_brings_the_student_to_its_teacher_on_other_text() -> None:
     assert len(losses) == training.step == 30 and losses[-1] < losses[0]
     assert divergence(student, teacher, fresh) < 0.85 * before
     assert all(torch.equal(p, frozen[n]) for n, p in student.named_parameters() if n in frozen)
+
+
+def test_steps_of_norms_and_biases_go_by_each_element_and_books_by_their_whole() -> None:
+    # As biases of Qwen2.5's k_proj: by the root mean square of all, small ones would move by half of themselves.
+    values = {
+        "bias": torch.tensor([0.7, -0.5, 354.0, 0.0]),
+        "centroids": torch.tensor([[3.0, 4.0]]),
+        "weight_scale": torch.tensor([2.0, 2.0]),
+        "weight_bias": torch.tensor([0.0, 0.1]),
+    }
+    parameters = {name: nn.Parameter(value.clone()) for name, value in values.items()}
+    training = Training(parameters, 0.01, 1)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    training.update()
+    warm = 0.01 / (0.05 + 1)  # the first step of all is that much shorter
+    moved = {name: (values[name] - parameter.detach()) / warm for name, parameter in parameters.items()}
+    torch.testing.assert_close(moved["bias"], torch.tensor([0.7, 0.5, 354.0, 0.05]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(moved["centroids"], torch.full((1, 2), 12.5**0.5), rtol=1e-3, atol=0)
+    torch.testing.assert_close(moved["weight_scale"], torch.full((2,), 2.0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(moved["weight_bias"], torch.full((2,), 2.0), rtol=1e-3, atol=0)  # by the scale
+
+
+def test_a_batch_in_pieces_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for tokens in (2048, 64, 1):
+        monkeypatch.setattr(finetune, "_PIECE_TOKENS", tokens)
+        student, teacher, batches = student_and_teacher()
+        training = Training(trainable(student), 0.01, 2)
+        tune_model(student, teacher, batches, training, lambda *_: None, lambda state: None)
+        found.append(training)
+    for training in found[1:]:
+        assert training.losses == pytest.approx(found[0].losses, rel=1e-4)
+        for name, parameter in training.parameters.items():
+            torch.testing.assert_close(parameter, found[0].parameters[name], rtol=1e-3, atol=1e-4)
 
 
 def test_training_that_stops_goes_on_to_the_same_bits() -> None:
