@@ -71,7 +71,7 @@ def drift(i: int, block: Block, twin: nn.Module, linear: str, batches: Sequence[
     they get depends on the prefix.
     """
     local = linear.removeprefix(f"{block.name}.")
-    coded, before = block.linears[linear], twin.get_submodule(local)
+    coded, dense = block.linears[linear], twin.get_submodule(local).weight.float().T
     stream = residual_stream(i, twin, local, original.batches[0])
     moment = SecondMoment(coded.in_features, coded.weight.device)
     cross = torch.zeros(coded.in_features, coded.in_features, device=coded.weight.device)
@@ -83,13 +83,15 @@ def drift(i: int, block: Block, twin: nn.Module, linear: str, batches: Sequence[
             moment.add(y)
             continue  # an expert, which the coded prefix may route other tokens to
         x, r = _received(i, twin, local, stream, reference)
-        weight = torch.ones(len(y), device=y.device)
+        weight, weighted = None, y
         if residual is not None:
-            weight = 1 / (r + x @ before.weight.float().T).square().mean(-1).clamp_min(_TINY)
-            residual.addmm_((r - s).T, weight[:, None] * y)
+            weight = 1 / (r + x @ dense).square().mean(-1).clamp_min(_TINY)
+            weighted = weight[:, None] * y
+            residual.addmm_((r - s).T, weighted)
         moment.add(y, weight)
-        cross.addmm_((x - y).T, weight[:, None] * y)
-        paired, total = paired + len(y), total + float(weight.sum())
+        cross.addmm_((x - y).T, weighted)
+        paired += len(y)
+        total += len(y) if weight is None else float(weight.sum())
     try:
         mean = moment.mean()
     except QuantizeError as error:

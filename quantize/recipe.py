@@ -165,7 +165,11 @@ class Recipe(LayerRecipe):
         "quantized", description="second moments of what the coded layers before give, or of the original's"
     )
     correction: float = Field(
-        0.0, ge=0, le=1, description="how far targets make up for the drift of their inputs in the coded layers before"
+        0.0,
+        ge=0,
+        le=1,
+        description="how far targets make up for what the coded layers before did to their inputs and to the residual "
+        "stream that they add to",
     )
     guided: int = Field(
         0, ge=0, description="groups of output rows with second moments weighted by the end loss; 0 for plain ones"

@@ -12,11 +12,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from quantize.drift import residual_stream
 from quantize.errors import QuantizeError
 from quantize.estimate import planned
 from quantize.evaluate import evaluation_text, load_any, score
 from quantize.export import write_dense
-from quantize.model import Batch, Block, decoder_blocks, load_shapes
+from quantize.model import Batch, Block, decoder_blocks, first_inputs, load_shapes
 from quantize.moments import stages
 from quantize.pipeline import quantize_model
 from quantize.plan import left_dense
@@ -61,6 +62,21 @@ def test_more_bits_come_closer_to_the_original(kind: str, text_file: Path, tmp_p
         divergences.append(score(model, tokenizer, TEXT, 64, 2048, reference=original).divergence)
     assert divergences[1] < divergences[0] / 4
     assert left_dense(decoder_blocks(load_shapes(str(source)))) == {}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "Qwen2MoeConfig"])
+def test_which_linears_add_to_the_residual_stream(kind: str, tmp_path: Path) -> None:
+    """None of Gemma's, whose outputs pass through a norm, nor a shared expert's, which a gate scales."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    more = KINDS.get(kind, experts | {"shared_expert_intermediate_size": 64})
+    model: Any = load_any(str(make(tmp_path, kind, **more)), CPU)[0].bfloat16()
+    blocks = decoder_blocks(model)
+    (batch,) = first_inputs(model, blocks, [torch.randint(2, 300, (2, 24))])
+    names = {name.removeprefix(f"{blocks[0].name}.") for name in blocks[0].linears}
+    streams = {name: residual_stream(0, blocks[0].module, name, batch) for name in names}
+    found = {name.rpartition(".")[2]: stream for name, stream in streams.items() if stream is not None}
+    attention, mlp = {"o_proj": ""}, {"down_proj": "post_attention_layernorm"}
+    assert found == ({} if "Gemma" in kind else attention if "Moe" in kind else attention | mlp)
 
 
 def test_routers_and_experts_in_one_tensor_stay_dense(text_file: Path, tmp_path: Path) -> None:
