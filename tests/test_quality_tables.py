@@ -1,7 +1,8 @@
 """Tables of quality in docs/quantizing.md and quantizing-experiments.md: every row says what a row of a file does.
 
 Where a row may come from is read from its section. The paragraph before a table links its files; if it links none, all
-count that the section linked before. A row whose name ends in a mark is of the file that is linked after this mark.
+count that the section linked before. A row whose name ends in a mark is of the file that is linked after this mark, one
+without of a file without; `paper`, which others are beside, may be in either where a row's own files have none.
 Which evaluation it is, its tokens and the original's perplexity, says the last paragraph of the section that has both
 ("40,920 tokens ... perplexity is 24.46"). Bits, perplexity, the method, if the row names one, and whether it says "rows
 coupled" then tell which row of the files it is.
@@ -159,7 +160,8 @@ def _problem(name: str, cells: dict[str, str], results: list[tuple[str, dict]]) 
     asked = cells.pop("bits asked", None)
     mark = name[-1] if name[-1] in MARKS else ""
     methods = {None, *(method for words, method in METHODS.items() if words in name)}
-    papers = [row for own, row in results if own == mark and row.get("method") == "paper"]
+    papers = [(own, row) for own, row in results if row.get("method") == "paper"]
+    papers = [row for own, row in papers if own == mark] or [row for _, row in papers]
     problem = f"bits, perplexity and method are none of {sorted({row['file'] for own, row in results if own == mark})}"
     for own, row in results:
         if own != mark or (methods != {None} and row.get("method") not in methods):
