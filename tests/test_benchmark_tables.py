@@ -103,6 +103,23 @@ def test_two_cards_have_the_figures_of_their_file():
         assert words in text, row
 
 
+def test_four_cards_have_the_figures_of_their_file():
+    folder = ROOT / "benchmarks" / "results"
+    results = json.loads((folder / "serving-2026-11-30-h200-x4.json").read_text())
+    one = json.loads((folder / "serving-2026-11-29-h200.json").read_text())
+    speeds = {
+        (row["tp"], row["batch"]): row["tokens_per_s"]
+        for row in one["rows"] + results["rows"]
+        if row["model"] == "70b-v8-k65536-0" and row["layout"] == "stationary"
+    }
+    text = (ROOT / "docs" / "tensor-parallel.md").read_text()
+    cells = " | ".join(f"{speeds[4, batch]:,.0f}" for batch in (1, 8, 32))
+    assert f"| v8-k65536 | 4 | | | | {cells} |" in text
+    times = [f"{speeds[4, batch] / speeds[1, batch]:.2f} times" for batch in (1, 8, 32)]
+    assert all(words in text for words in times), times
+    assert f"{results['models'][0]['first_token_ms']:.0f} ms" in text
+
+
 def test_a_70b_model_in_2_bits_is_what_it_promises():
     assert memory.weights(SHAPES["Llama-3.1-70B"], "v8-k65536")["compact"] <= 22e9
 

@@ -1,7 +1,8 @@
 """Tables of quality in docs/quantizing.md and quantizing-experiments.md: every row says what a row of a file does.
 
 Where a row may come from is read from its section. The paragraph before a table links its files; if it links none, all
-count that the section linked before. A row whose name ends in a mark is of the file that is linked after this mark.
+count that the section linked before. A row whose name ends in a mark is of the file that is linked after this mark, one
+without of a file without; `paper`, which others are beside, may be in either where a row's own files have none.
 Which evaluation it is, its tokens and the original's perplexity, says the last paragraph of the section that has both
 ("40,920 tokens ... perplexity is 24.46"). Bits, perplexity, the method, if the row names one, and whether it says "rows
 coupled" then tell which row of the files it is.
@@ -85,8 +86,9 @@ def test_the_table_of_corrections():
         ("What this brought", lambda row: row["file"].endswith("-anew.json"), 12),
         ("With more tokens, one run each", lambda row: row["file"].endswith("-tokens.json") and not _coupled(row), 8),
         ("Rows of `balanced` and `best` without the option", _coupled, 10),
+        ("What the stream is worth to `fast`", lambda row: row["file"].endswith("-30-stories15m.json"), 2),
     ],
-    ids=["allocation", "tokens", "coupled rows"],
+    ids=["allocation", "tokens", "coupled rows", "stream"],
 )
 def test_tables_of_before_and_now(words, now, count):
     """Excess and KL before and now, of rows of the same text, are in the files that the paragraph links."""
@@ -116,6 +118,26 @@ def test_tables_of_before_and_now(words, now, count):
             said_before, said_after = cell.split(" -> ")
             assert _says(said_after, COLUMNS[column](after, [])), (line, bits)
             assert any(_says(said_before, COLUMNS[column](row, [])) for row in earlier), (line, bits)
+
+
+def test_the_table_of_training():
+    """Its rows are those of the files that the paragraph before links, by what their names say."""
+    paragraph, heading, rest = TEXTS[EXPERIMENTS].partition("stories15m with the present targets")[2].partition("\n\n|")
+    assert heading and "\n\n" not in paragraph
+    results = [row for _, row in _linked(paragraph)]
+    head, _, *lines = rest.partition("\n\n")[0].splitlines()
+    columns = [*map(float, re.findall(r"[\d.]+", head))]
+    assert len(lines) == 12 and len(columns) == 5
+    for line in lines:
+        name, *cells = _cells(line)
+        preset, way, column = name.split(", ")
+        for bits, cell in zip(columns, cells, strict=True):
+            start = f"{METHODS[preset]}:{bits:g}"
+            (row,) = (
+                row for row in results
+                if (row["name"] == start if way == "as it is" else row["name"].startswith(f"{start}, {way}"))
+            )  # fmt: skip
+            assert _says(cell, COLUMNS[column](row, [])), (line, bits)
 
 
 def _rows(page: str) -> Iterator[tuple[int, str, dict[str, str], list[tuple[str, dict]]]]:
@@ -159,7 +181,8 @@ def _problem(name: str, cells: dict[str, str], results: list[tuple[str, dict]]) 
     asked = cells.pop("bits asked", None)
     mark = name[-1] if name[-1] in MARKS else ""
     methods = {None, *(method for words, method in METHODS.items() if words in name)}
-    papers = [row for own, row in results if own == mark and row.get("method") == "paper"]
+    papers = [(own, row) for own, row in results if row.get("method") == "paper"]
+    papers = [row for own, row in papers if own == mark] or [row for _, row in papers]
     problem = f"bits, perplexity and method are none of {sorted({row['file'] for own, row in results if own == mark})}"
     for own, row in results:
         if own != mark or (methods != {None} and row.get("method") not in methods):
