@@ -19,13 +19,15 @@ from quantize.run import Run, tuned_part
 from vllm_vptq.format import LayerSpec, dequantize
 
 _CHECKPOINT_SECONDS = 120.0
-_RATE, _RATE_BITS = 2e-3, 2.25
+_RATE_BITS = 2.25
+RATE, BLOCK_RATE = 2e-3, 5e-3
+"""Of the first step end to end and of a block's, at so many index bits a weight."""
 _KEPT_BYTES = 8
 """Of a decoded weight, in float32 and as the product takes it, where it is kept for the backward pass."""
 
 
-def first_rate(asked: float | None, specs: Sequence[LayerSpec]) -> float:
-    """The rate that a recipe asks for; else 0.002, halved with every index bit a weight beyond 2.25 on average.
+def first_rate(asked: float | None, rate: float, specs: Sequence[LayerSpec]) -> float:
+    """The rate that a recipe asks for; else a given one, halved with every index bit a weight beyond 2.25 on average.
 
     What books leave of a weight halves with every bit; steps that mend more than they spoil at 2 bits do not at 4.
     """
@@ -33,7 +35,7 @@ def first_rate(asked: float | None, specs: Sequence[LayerSpec]) -> float:
         return asked
     weights = [math.prod(spec.shape) for spec in specs]
     indices = sum(spec.total_bits / spec.vector_len * count for spec, count in zip(specs, weights, strict=True))
-    return _RATE * min(1.0, 2.0 ** (_RATE_BITS - indices / sum(weights)))
+    return rate * min(1.0, 2.0 ** (_RATE_BITS - indices / sum(weights)))
 
 
 def finetune_block(
@@ -48,7 +50,7 @@ def finetune_block(
     copy_.module.float()  # what is left dense, beside norms that are trained in float32
     settings = run.recipe.finetune_blocks
     specs = [module.spec for module in coded.values()]
-    training = Training(trainable(copy_.module), first_rate(settings.rate, specs), settings.steps)
+    training = Training(trainable(copy_.module), first_rate(settings.rate, BLOCK_RATE, specs), settings.steps)
     with repeatable_gradients(run.device):
         errors = tune_block(lambda j: batches[j].ordinary(i).run(i, copy_.module), wanted, training)
     parameters = {f"{prefix}{name}": parameter for name, parameter in training.parameters.items()}
@@ -121,7 +123,7 @@ def _finetune_model(run: Run, plan: Plan) -> None:
             parameter.data = trained.to(run.device, copy=True)
     settings = run.recipe.finetune
     specs = list(plan.specs.values())
-    training = Training(trainable(student), first_rate(settings.rate, specs), settings.steps)
+    training = Training(trainable(student), first_rate(settings.rate, RATE, specs), settings.steps)
     if "training" in run.parts:
         training.load(run.parts.load("training"))
     saved = time.monotonic()

@@ -125,11 +125,11 @@ def test_steps_are_smaller_where_books_leave_less() -> None:
     def spec(v: int, k: int, columns: int = 512) -> LayerSpec:
         return LayerSpec(columns, 64, v, k, 0)
 
-    assert first_rate(0.25, [spec(2, 256)]) == 0.25
-    assert first_rate(None, [spec(8, 256), spec(4, 256)]) == 0.002
-    assert first_rate(None, [spec(2, 256)]) == pytest.approx(0.002 * 2**-1.75)
-    assert first_rate(None, [spec(2, 256), spec(8, 256)]) == pytest.approx(0.002 * 2**-0.25)
-    assert first_rate(None, [spec(2, 256, 1536), spec(8, 256)]) == pytest.approx(0.002 * 2**-1)  # by weights
+    assert first_rate(0.25, 0.002, [spec(2, 256)]) == 0.25
+    assert first_rate(None, 0.002, [spec(8, 256), spec(4, 256)]) == 0.002
+    assert first_rate(None, 0.002, [spec(2, 256)]) == pytest.approx(0.002 * 2**-1.75)
+    assert first_rate(None, 0.002, [spec(2, 256), spec(8, 256)]) == pytest.approx(0.002 * 2**-0.25)
+    assert first_rate(None, 0.002, [spec(2, 256, 1536), spec(8, 256)]) == pytest.approx(0.002 * 2**-1)  # by weights
 
 
 def test_training_brings_the_student_to_its_teacher_on_other_text() -> None:

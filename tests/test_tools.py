@@ -286,17 +286,17 @@ def test_bits_are_given_by_measurement(tied: Path, text_file: Path, tmp_path: Pa
 
 
 def test_training_blocks_brings_them_closer(tied: Path, text_file: Path, tmp_path: Path) -> None:
-    """Sixty steps: by ten seeds 7 to 15 percent closer. Twenty gain no more than rounding elsewhere may cost."""
+    """Two hundred steps: by three seeds 15 to 26 percent closer. Sixty gain 4 to 14."""
     found = []
     dense, tokenizer = load_any(str(tied), CPU)
-    for steps in (0, 60):
+    for steps in (0, 200):
         recipe = COARSE.model_copy(
             update={"calibration": (str(text_file),), "finetune_blocks": BlockTuning(steps=steps)}
         )
         run(tied, tmp_path / str(steps), recipe)
         coded, _ = load_any(str(tmp_path / str(steps)), CPU)
         found.append(score(coded, tokenizer, TEXT[9000:], 64, 2048, reference=dense).divergence)
-    assert found[1] < 0.96 * found[0]
+    assert found[1] < 0.92 * found[0]
 
 
 def test_blocks_are_written_as_they_were_trained(tied: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
