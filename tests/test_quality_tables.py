@@ -86,7 +86,7 @@ def test_the_table_of_corrections():
         ("What this brought", lambda row: row["file"].endswith("-anew.json"), 12),
         ("With more tokens, one run each", lambda row: row["file"].endswith("-tokens.json") and not _coupled(row), 8),
         ("Rows of `balanced` and `best` without the option", _coupled, 10),
-        ("What the stream is worth to `fast`", lambda row: row["file"].endswith("-30-stories15m.json"), 2),
+        ("What the stream is worth to `fast`", lambda row: "-30-" in row["file"], 4),
     ],
     ids=["allocation", "tokens", "coupled rows", "stream"],
 )
@@ -95,7 +95,7 @@ def test_tables_of_before_and_now(words, now, count):
     paragraph, heading, rest = TEXTS[EXPERIMENTS].partition(words)[2].partition("\n\n| | 2 bits | 2.25 |")
     assert heading and "\n\n" not in paragraph
     rows = [row for _, row in _linked(paragraph)]
-    same = ("model", "method", "context", "tokens", "original_perplexity")
+    same = ("model", "method", "context", "tokens")
     head, _, *lines = rest.partition("\n\n")[0].splitlines()
     columns = [2, 2.25, *map(float, re.findall(r"[\d.]+", head))]
     assert len(lines) == count
@@ -114,6 +114,7 @@ def test_tables_of_before_and_now(words, now, count):
             earlier = [
                 row for row in rows_there
                 if not now(row) and not _coupled(row) and all(row[key] == after[key] for key in same)
+                and math.isclose(row["original_perplexity"], after["original_perplexity"], rel_tol=1e-4)
             ]  # fmt: skip
             said_before, said_after = cell.split(" -> ")
             assert _says(said_after, COLUMNS[column](after, [])), (line, bits)
