@@ -71,12 +71,12 @@ def drift(i: int, block: Block, twin: nn.Module, linear: str, batches: Sequence[
     they get depends on the prefix.
     """
     local = linear.removeprefix(f"{block.name}.")
-    coded, dense = block.linears[linear], twin.get_submodule(local).weight.float().T
+    coded, before = block.linears[linear], twin.get_submodule(local)
     stream = residual_stream(i, twin, local, original.batches[0])
     moment = SecondMoment(coded.in_features, coded.weight.device)
     cross = torch.zeros(coded.in_features, coded.in_features, device=coded.weight.device)
     residual = None if stream is None else torch.zeros(coded.weight.shape, device=coded.weight.device)
-    paired, total = 0, 0.0
+    total = 0.0
     for batch, reference in zip(batches, original.batches, strict=True):
         y, s = _received(i, block.module, local, stream, batch)
         if len(y) != batch.hidden[..., 0].numel():
@@ -85,12 +85,11 @@ def drift(i: int, block: Block, twin: nn.Module, linear: str, batches: Sequence[
         x, r = _received(i, twin, local, stream, reference)
         weight, weighted = None, y
         if residual is not None:
-            weight = 1 / (r + x @ dense).square().mean(-1).clamp_min(_TINY)
+            weight = 1 / (r + x @ before.weight.float().T).square().mean(-1).clamp_min(_TINY)
             weighted = weight[:, None] * y
             residual.addmm_((r - s).T, weighted)
         moment.add(y, weight)
         cross.addmm_((x - y).T, weighted)
-        paired += len(y)
         total += len(y) if weight is None else float(weight.sum())
     try:
         mean = moment.mean()
@@ -98,7 +97,7 @@ def drift(i: int, block: Block, twin: nn.Module, linear: str, batches: Sequence[
         raise QuantizeError(f"{linear}: {error}") from error
     if residual is not None:
         residual /= total
-        mean *= paired / total
+        mean *= moment.tokens / total
     return Drift(cross / (total or 1.0), mean, residual)
 
 
@@ -133,7 +132,7 @@ def residual_stream(i: int, module: nn.Module, linear: str, batch: Batch) -> str
 
 
 def _received(i: int, module: nn.Module, linear: str, stream: str | None, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What a linear receives, and where there is one, the residual stream: float32 ``[tokens, features]``."""
+    """What a linear receives, and the residual stream or, if it has none, the same: float32 ``[tokens, features]``."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -141,15 +140,15 @@ def _received(i: int, module: nn.Module, linear: str, stream: str | None, batch:
         if name == linear:
             raise Stop
 
-    names = [linear] if stream is None else [stream, linear]
+    source = linear if stream is None else stream
+    names = dict.fromkeys((source, linear))
     hooks = [module.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in names]
     with contextlib.suppress(Stop):
         batch.run(i, module)
     for hook in hooks:
         hook.remove()
     empty = torch.empty(0, module.get_submodule(linear).in_features, device=batch.hidden.device)
-    received = seen.get(linear, empty)
-    return received, seen.get(stream, received) if stream is not None else received
+    return seen.get(linear, empty), seen.get(source, empty)
 
 
 def corrected(weight: Tensor, drift: Drift, share: float) -> Tensor:

@@ -81,16 +81,15 @@ class Training:
         """Everything that changes, as tensors by name."""
         state = {f"value:{name}": parameter.detach() for name, parameter in self.parameters.items()}
         for name, (first, second) in self._moments.items():
-            state |= {f"first:{name}": first, f"second:{name}": second, f"size:{name}": self._sizes[name]}
+            state |= {f"first:{name}": first, f"second:{name}": second}
         return state | {"step": torch.tensor(self.step), "losses": torch.tensor(self.losses, dtype=torch.float64)}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Goes on from a :meth:`state`."""
+        """Goes on from a :meth:`state` of parameters that began as these do: steps are relative to where they began."""
         self.step, self.losses = int(state["step"]), state["losses"].tolist()
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"value:{name}"])
-            self._sizes[name].copy_(state[f"size:{name}"])
             for moment, kind in zip(self._moments[name], ("first", "second"), strict=True):
                 moment.copy_(state[f"{kind}:{name}"])
 
@@ -133,25 +132,25 @@ def tune_model(
 
     A batch goes through in pieces: logits of all its tokens at once would be gigabytes.
     """
-    device_type = batches[0].device.type
     while training.step < training.steps:
         ids = batches[training.step % len(batches)]
-        loss = 0.0
+        parts = []
         for piece in ids.split(max(1, _PIECE_TOKENS // ids.shape[1])):
-            divergence = _divergence(student, teacher, piece, device_type) * (len(piece) / len(ids))
+            divergence = _divergence(student, teacher, piece) * (len(piece) / len(ids))
             divergence.backward()
-            loss += float(divergence.detach())
+            parts.append(divergence.detach())
         training.update()
+        loss = sum(map(float, parts))
         training.losses.append(loss)
         progress(training.step, training.steps, loss)
         checkpoint(training)
 
 
-def _divergence(student: nn.Module, teacher: nn.Module, ids: Tensor, device_type: str) -> Tensor:
+def _divergence(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         wanted = torch.log_softmax(teacher(ids, use_cache=False).logits.flatten(0, 1).float(), -1)
     # CPUs without units for bfloat16, most of them, take longer with it.
-    with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
         logits = student(ids, use_cache=False).logits.flatten(0, 1)
     found = torch.log_softmax(logits.float(), -1)
     return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
