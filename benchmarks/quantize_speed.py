@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from benchmarks.shapes import SHAPES, Shape
 from quantize import native
 from quantize.blocks import quantize_block
+from quantize.calibration import wanted_tokens
 from quantize.devices import be_deterministic, choose_devices, forget_peaks, peak_host_memory, total_peak
 from quantize.drift import Original
 from quantize.estimate import planned
@@ -82,7 +83,7 @@ def main() -> None:
     )
     parser.add_argument("--bits", type=float)
     parser.add_argument("--preset", choices=PRESETS, default="fast")
-    parser.add_argument("--tokens", type=int, help="of calibration [the preset's]")
+    parser.add_argument("--tokens", type=int, help="of calibration [what the preset takes for layers so wide]")
     parser.add_argument("--context", type=int, help="tokens in a sequence [256]")
     parser.add_argument("--rounds", type=int, help="refinements [the preset's]")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -105,9 +106,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         checks["cpu"] = compare_with_cpu(devices[0])
         print(f"check: a small layer against the CPU: {checks['cpu']}", flush=True)
     model = random_model(shape, devices[0])
-    plan, ids = planned(model, recipe), random_ids(recipe, len(model.get_input_embeddings().weight))
+    plan = planned(model, recipe)
+    ids = random_ids(recipe, plan.widest, len(model.get_input_embeddings().weight))
     print(
-        f"{arguments.shape}: {plan.weights / 1e6:.0f}M weights in a block, {plan.bits:.3f} effective bits", flush=True
+        f"{arguments.shape}: {plan.weights / 1e6:.0f}M weights in a block, {plan.bits:.3f} effective bits, "
+        f"{ids.numel():,} calibration tokens",
+        flush=True,
     )
     row, tensors = coded_block(model, plan, recipe, ids, devices, shape)
     if arguments.check:
@@ -116,7 +120,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         checks["twice"] = "the same bits" if same else "DIFFERENT BITS"
         print(f"check: the block a second time: {checks['twice']}", flush=True)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("results", "check")}
-    row = {**settings, "machine": describe(devices), "versions": versions(), **row, "checks": checks}
+    row = {
+        **settings,
+        "tokens": ids.numel(),
+        "machine": describe(devices),
+        "versions": versions(),
+        **row,
+        "checks": checks,
+    }
     save(row, arguments.results, devices[0])
     if "DIFFERENT BITS" in checks.values() or checks.get("cpu", {}).get("within") is False:
         sys.exit("a check failed")
@@ -194,10 +205,11 @@ def random_model(shape: Shape, device: torch.device) -> nn.Module:
     return model.cpu().eval()
 
 
-def random_ids(recipe: Recipe, vocabulary: int) -> Tensor:
-    """Calibration tokens int64 ``[sequences, context]``."""
+def random_ids(recipe: Recipe, widest: int, vocabulary: int) -> Tensor:
+    """Calibration tokens int64 ``[sequences, context]``, as many as a run takes from a text that has them."""
     generator = torch.Generator().manual_seed(2)
-    return torch.randint(vocabulary, (-(-recipe.tokens // recipe.context), recipe.context), generator=generator)
+    wanted = wanted_tokens(recipe.model_copy(update={"calibration": ("text",)}), widest)
+    return torch.randint(vocabulary, (-(-wanted // recipe.context), recipe.context), generator=generator)
 
 
 def coded_block(
@@ -212,7 +224,8 @@ def coded_block(
     before = host_memory()
     with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder) / "out", {})
-        run = Run(model, None, decoder_blocks(model), recipe, parts, Progress(parts), ids.to(device), devices)
+        here = ids.to(device)
+        run = Run(model, None, decoder_blocks(model), recipe, parts, Progress(parts), here, here, devices)
         batches = first_inputs(model, run.blocks, run.block_batches())
         reference = Original(batches) if recipe.drifts else None
         started = time.perf_counter()

@@ -33,16 +33,28 @@ def wanted_tokens(recipe: Recipe, widest: int) -> int:
     return recipe.tokens if writes_itself(recipe) else max(recipe.tokens, recipe.tokens_per_input * widest)
 
 
+def trained_tokens(recipe: Recipe) -> int:
+    """How many tokens training end to end would see once each, where a given text has them and none are asked for.
+
+    What moments were taken of is what the coded layers fit already: other text says more of what they have lost.
+    """
+    if writes_itself(recipe) or not recipe.tokens_per_input:
+        return 0
+    return recipe.finetune.steps * recipe.finetune.tokens
+
+
 def calibration_tokens(model: Any, tokenizer: Any, recipe: Recipe, progress: Progress, widest: int = 0) -> Tensor:
     """Token ids int64 ``[sequences, context]`` for a recipe; ``progress`` is told how much text there is so far.
 
-    There are :func:`wanted_tokens` of them, or as many as the text has, but not less than ``recipe.tokens``.
+    There are :func:`wanted_tokens` of them, :func:`trained_tokens` if those are more, or as many as the text has, but
+    not less than ``recipe.tokens``.
 
     Every source gives its share of consecutive sequences; those of several are shuffled, so that any part of them is a
     mixture. ``self`` is text the model writes, which needs no network and fits models of any language (the idea of
     LLM-QAT, https://arxiv.org/abs/2305.17888).
     """
-    least, count = (-(-tokens // recipe.context) for tokens in (recipe.tokens, wanted_tokens(recipe, widest)))
+    most = max(wanted_tokens(recipe, widest), trained_tokens(recipe))
+    least, count = (-(-tokens // recipe.context) for tokens in (recipe.tokens, most))
     names, weights = zip(*map(split_source, recipe.calibration or (SELF,)), strict=True)
     parts = []
     for name, share, needed in zip(names, shares(weights, count), shares(weights, least), strict=True):

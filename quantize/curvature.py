@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from quantize.model import Block
 from quantize.moments import back_propagate
 
+CURVATURE_TOKENS = 131072
+"""Calibration tokens that it is taken of, at most: more would hardly change what is left of it."""
 _WIDEST = 2
 """Output features per input feature. A layer beyond it fans out (gate, up): gradients of its outputs hardly go
 together, so that what a calibration text shows of that is noise, and ``G`` would be large."""

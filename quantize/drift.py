@@ -6,8 +6,9 @@ With x what the original's prefix gives a linear and y what the coded one does, 
 added to a residual stream, r in the original and s after the coded prefix, what that has lost can be made up for, too:
 the minimum of ``E |W x + r - Q y - s|^2`` has ``E[(r - s) y^T] E[y y^T]^-1`` in addition (LoaQ,
 https://arxiv.org/abs/2509.06297). There tokens count by the inverse square of their ``W x + r``, which a norm divides
-by before anything reads it: the first tokens of many models are a thousand times as large as others. A share below one
-goes part of the way, because the expectations are those of a calibration text.
+by before anything reads it: the first tokens of many models are a thousand times as large as others. It is rounded to a
+power of two, with which tokens keep every bit. A share below one goes part of the way, because the expectations are
+those of a calibration text.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.errors import QuantizeError
-from quantize.hessian import SecondMoment, damp
+from quantize.hessian import SecondMoment, add_products, damp
 from quantize.model import Batch, Block, Stop
 
 _DAMPING = 0.01
@@ -74,31 +75,38 @@ def drift(i: int, block: Block, twin: nn.Module, linear: str, batches: Sequence[
     coded, before = block.linears[linear], twin.get_submodule(local)
     stream = residual_stream(i, twin, local, original.batches[0])
     moment = SecondMoment(coded.in_features, coded.weight.device)
-    cross = torch.zeros(coded.in_features, coded.in_features, device=coded.weight.device)
+    cross = torch.zeros(coded.in_features, coded.in_features, device=coded.weight.device)  # E[x y^T]
     residual = None if stream is None else torch.zeros(coded.weight.shape, device=coded.weight.device)
-    total = 0.0
+    total, expert = 0.0, False
     for batch, reference in zip(batches, original.batches, strict=True):
         y, s = _received(i, block.module, local, stream, batch)
-        if len(y) != batch.hidden[..., 0].numel():
+        expert = expert or len(y) != batch.hidden[..., 0].numel()  # which the coded prefix may route other tokens to
+        if expert:
             moment.add(y)
-            continue  # an expert, which the coded prefix may route other tokens to
+            continue
         x, r = _received(i, twin, local, stream, reference)
-        weight, weighted = None, y
+        weighted = y
         if residual is not None:
-            weight = 1 / (r + x @ before.weight.float().T).square().mean(-1).clamp_min(_TINY)
-            weighted = weight[:, None] * y
-            residual.addmm_((r - s).T, weighted)
-        moment.add(y, weight)
-        cross.addmm_((x - y).T, weighted)
-        total += len(y) if weight is None else float(weight.sum())
+            weight = _power_of_two(1 / (r + before(x)).float().square().mean(-1).clamp_min(_TINY))
+            weighted = y.float() if y.dtype == torch.float16 else y  # float16 holds too few powers of two
+            weighted = weighted * weight[:, None].to(weighted.dtype)
+            add_products(residual, r - s, weighted)
+        moment.add(y, weighted)
+        add_products(cross, x, weighted)
+        total += len(y) if residual is None else float(weight.sum())
     try:
-        mean = moment.mean()
+        if expert:
+            mean = moment.mean()
+            return Drift(torch.zeros_like(mean), mean)
+        mean = moment.mean(total)
     except QuantizeError as error:
         raise QuantizeError(f"{linear}: {error}") from error
-    if residual is not None:
-        residual /= total
-        mean *= moment.tokens / total
-    return Drift(cross / (total or 1.0), mean, residual)
+    return Drift(cross.div_(total).sub_(mean), mean, None if residual is None else residual / total)
+
+
+def _power_of_two(weight: Tensor) -> Tensor:
+    """The powers of two that are nearest, by ratio, to positive float32 numbers."""
+    return ((weight * 2**0.5).view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 @torch.inference_mode()
@@ -132,11 +140,11 @@ def residual_stream(i: int, module: nn.Module, linear: str, batch: Batch) -> str
 
 
 def _received(i: int, module: nn.Module, linear: str, stream: str | None, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What a linear receives, and the residual stream or, if it has none, the same: float32 ``[tokens, features]``."""
+    """What a linear receives, and the residual stream or, if it has none, the same: ``[tokens, features]``."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[name] = args[0].flatten(0, -2).float()
+        seen[name] = args[0].flatten(0, -2)
         if name == linear:
             raise Stop
 

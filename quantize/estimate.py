@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quantize.allocate import allocate
 from quantize.calibration import wanted_tokens, writes_itself
-from quantize.curvature import coupled
+from quantize.curvature import CURVATURE_TOKENS, coupled
 from quantize.devices import fits, free_memory
 from quantize.kmeans import Books, assign
 from quantize.model import decoder_blocks
@@ -94,7 +94,7 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     multiplied += 2 * tokens * plan.weights * (_STAGES / 2 + 1) * _prefixes(recipe)
     multiplied += 8 * recipe.finetune.steps * recipe.finetune.tokens * parameters
     if recipe.curvature:
-        multiplied += 6.0 * tokens * parameters
+        multiplied += 6.0 * min(tokens, CURVATURE_TOKENS) * parameters
     seconds = searched / _search_rate(device) + multiplied / _product_rate(device)
     largest = max(math.prod(spec.shape) for spec in plan.specs.values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

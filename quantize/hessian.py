@@ -17,20 +17,31 @@ class SecondMoment:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Adds tokens ``[..., in_features]``, each with its ``weight [tokens]`` or with one."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        self._sum.addmm_(flat.T if weight is None else flat.T * weight, flat)
+    def add(self, x: Tensor, weighted: Tensor | None = None) -> None:
+        """Adds tokens ``[..., in_features]``; ``weighted`` are the same, each times its weight if it is not one."""
+        flat = x.reshape(-1, x.shape[-1])
+        add_products(self._sum, flat, flat if weighted is None else weighted)
         self.tokens += flat.shape[0]
 
-    def mean(self) -> Tensor:
-        """H; QuantizeError if the calibration never reached this layer or was not finite."""
+    def mean(self, weights: float | None = None) -> Tensor:
+        """H, of ``weights`` in all; QuantizeError if the calibration never reached this layer or was not finite."""
         if not self.tokens:
             raise QuantizeError("no calibration token reached this layer")
-        moment = self._sum / self.tokens
+        moment = self._sum / (self.tokens if weights is None else weights)
         if not bool(torch.isfinite(moment).all()):
             raise QuantizeError("its inputs on the calibration text are not finite")
         return moment
+
+
+def add_products(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Adds ``x^T y`` of tokens ``[n, a]`` and ``[n, b]`` to ``total``, float32 ``[a, b]``.
+
+    A GPU multiplies tokens of 16 bits as they are, which is exact, and adds up in float32, too, but faster.
+    """
+    if x.is_cuda and x.dtype == y.dtype and x.itemsize == 2:
+        total += torch.mm(x.T, y, out_dtype=torch.float32)
+    else:
+        total.addmm_(x.T.float(), y.float())
 
 
 def damp(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def collect(
         for name, groups in guided.items():
             assert weights is not None
             for g, moment in enumerate(groups):
-                moment.add(x, weights[name][here, g].to(device))
+                moment.add(x, x.float() * weights[name][here, g, None].to(device))
         raise Stop  # what follows in the block is nobody's business
 
     hook = first.register_forward_pre_hook(record)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from quantize import native
 from quantize.allocate import allocate
 from quantize.blocks import quantize_blocks
-from quantize.calibration import calibration_tokens, writes_itself
-from quantize.curvature import coupled, curvatures
+from quantize.calibration import calibration_tokens, wanted_tokens, writes_itself
+from quantize.curvature import CURVATURE_TOKENS, coupled, curvatures
 from quantize.devices import Share, be_deterministic, choose_devices, resident
 from quantize.errors import QuantizeError
 from quantize.estimate import planned, too_large
@@ -86,10 +86,12 @@ def code_model(
     report.stage("calibration text" if recipe.calibration else "calibration text, written by the model")
     if "calibration" not in parts:
         parts.save("calibration", {"ids": _calibration(model, tokenizer, recipe, expected.widest, devices[0], report)})
-    ids = parts.load("calibration")["ids"].to(devices[0])
-    if ids.numel() >= recipe.tokens + recipe.context:
-        report.note(f"{ids.numel():,} calibration tokens, because layers are wide; --tokens sets their number")
-    run = Run(model, tokenizer, blocks, recipe, parts, report, ids, devices, cluster)
+    trained = parts.load("calibration")["ids"].to(devices[0])
+    ids = trained[: -(-wanted_tokens(recipe, expected.widest) // recipe.context)]
+    if trained.numel() >= recipe.tokens + recipe.context:
+        others = f", and {trained.numel() - ids.numel():,} more for training" if len(trained) > len(ids) else ""
+        report.note(f"{ids.numel():,} calibration tokens for layers so wide{others}; --tokens sets their number")
+    run = Run(model, tokenizer, blocks, recipe, parts, report, ids, trained, devices, cluster)
     plan, weights = _prepare(run)
     report.plan(source, plan.specs, plan.weights, plan.bits)
     report.stage("quantizing")
@@ -157,7 +159,8 @@ def _prepare(run: Run) -> tuple[Plan, Weights | None]:
     missing = [name for name in coupled(plan.shapes) if name not in run.parts] if recipe.curvature else []
     if missing:
         run.report.stage("curvature of the end loss")
-        run.curvatures |= curvatures(run.model, run.blocks, missing, run.id_batches(), recipe.seed)
+        batches = run.id_batches()[: max(1, CURVATURE_TOKENS // BATCH_TOKENS)]
+        run.curvatures |= curvatures(run.model, run.blocks, missing, batches, recipe.seed)
     return plan, weights
 
 

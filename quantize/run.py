@@ -33,6 +33,8 @@ class Run:
     report: Report
     ids: Tensor
     """Calibration tokens int64 ``[sequences, context]``, on the first device."""
+    trained_ids: Tensor
+    """Those that training end to end takes: the same, and others after them where a text goes on."""
     devices: list[torch.device]
     """What layers are coded on; the first one runs the blocks."""
     cluster: Share | None = None
@@ -51,7 +53,14 @@ class Run:
 
     def id_batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
         """The calibration sequences in batches of about so many tokens."""
-        return list(self.ids.split(max(1, tokens // self.recipe.context)))
+        return self._batches(self.ids, tokens)
+
+    def trained_batches(self) -> list[Tensor]:
+        """The sequences that training end to end takes, a batch for a step."""
+        return self._batches(self.trained_ids, self.recipe.finetune.tokens)
+
+    def _batches(self, ids: Tensor, tokens: int) -> list[Tensor]:
+        return list(ids.split(max(1, tokens // self.recipe.context)))
 
     def block_batches(self) -> list[Tensor]:
         """The calibration sequences as they go through the blocks."""

@@ -138,7 +138,7 @@ def _finetune_model(run: Run, plan: Plan) -> None:
         run.report.training(step, steps, loss)
 
     with repeatable_gradients(run.device):
-        tune_model(student, run.model, run.id_batches(settings.tokens), training, progress, checkpoint)
+        tune_model(student, run.model, run.trained_batches(), training, progress, checkpoint)
     losses = [round(loss, 5) for loss in training.losses]
     record = {"training": "end to end", "losses": losses, "peak_mib": peak_memory(run.device) >> 20}
     run.parts.save("tuned", _tuned_tensors(run, coded, training.parameters), record)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.calibration import calibration_tokens, shares, wanted_tokens
+from quantize.calibration import calibration_tokens, shares, trained_tokens, wanted_tokens
 from quantize.errors import QuantizeError
-from quantize.recipe import Recipe
+from quantize.recipe import Finetuning, Recipe
 from tests.strategies import few
 
 
@@ -147,6 +147,22 @@ def test_wide_layers_get_more_tokens_as_far_as_the_texts_go(tmp_path: Path) -> N
     assert mixed["b"] == 56 and abs(mixed["a"] - 3 * 56) <= 3  # the shortest decides
     assert wanted_tokens(Recipe(calibration=both), 10_000) == 80_000
     assert wanted_tokens(Recipe(), 10_000) == wanted_tokens(Recipe(calibration=("self",)), 10_000) == 16384
+
+
+def test_training_reads_on_where_a_text_does(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789" * 500)
+    given = Recipe(
+        calibration=(f"{tmp_path}/a.txt",), tokens=1024, context=32, finetune=Finetuning(steps=3, tokens=960)
+    )
+    ids = calibration_tokens(None, Letters(), given, lambda done, total: None, widest=10)
+    assert trained_tokens(given) == ids.numel() == 2880 and wanted_tokens(given, 10) == 1024
+    assert text(ids) == ("0123456789" * 500)[:2880]
+    longer = given.model_copy(update={"finetune": Finetuning(steps=100)})
+    ids = calibration_tokens(None, Letters(), longer, lambda done, total: None, widest=10)
+    assert ids.numel() == 5000 // 32 * 32  # all there is
+    # Tokens that are asked for are exact, and text that the model writes takes long.
+    assert trained_tokens(given.model_copy(update={"tokens_per_input": 0})) == 0
+    assert trained_tokens(given.model_copy(update={"calibration": ("self",)})) == 0
 
 
 def test_a_short_source_is_named_with_what_it_lacks(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_gpu_takes_larger_batches_unless_blocks_are_trained() -> None:
     for device, steps in (("cpu", 0), ("cuda", 0), ("cuda", 3)):
         recipe = COARSE.model_copy(update={"context": 256, "finetune_blocks": BlockTuning(steps=steps)})
         nothing: Any = None
-        batches = Run(nothing, nothing, [], recipe, nothing, nothing, ids, [torch.device(device)]).block_batches()
+        batches = Run(nothing, nothing, [], recipe, nothing, nothing, ids, ids, [torch.device(device)]).block_batches()
         sizes.append([len(batch) for batch in batches])
     assert sizes == [[8] * 8, [32] * 2, [8] * 8]
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from quantize import blocks
+from quantize import blocks, training
 from quantize.errors import QuantizeError
 from quantize.evaluate import load_any, perplexity, score
 from quantize.export import read_config, write_dense
 from quantize.hessian import SecondMoment
 from quantize.plan import Plan
-from quantize.recipe import Recipe, Rule
+from quantize.recipe import Finetuning, Recipe, Rule
 from quantize.report import REPORT
 from tests.tiny import COARSE, FINE, TEXT, command, make_model, module_tensors, one_line, read, run, set_config
 from vllm_vptq.format import VPTQFormatError, dequantize, read_layer_specs, validate
@@ -183,9 +183,22 @@ def test_every_calibration_token_is_used(
     update = {"tokens": tokens, "context": context, "calibration": (str(text_file),)}
     with pytest.MonkeyPatch.context() as patch:
         mean = SecondMoment.mean
-        patch.setattr(SecondMoment, "mean", lambda self: counted.append(self.tokens) or mean(self))
+        patch.setattr(SecondMoment, "mean", lambda self, *total: counted.append(self.tokens) or mean(self, *total))
         run(tied, tmp_path / "out", COARSE.model_copy(update=update))
     assert min(counted) >= tokens
+
+
+def test_training_reads_on_after_what_moments_are_taken_of(
+    tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, batches = [], []
+    mean, tune = SecondMoment.mean, training.tune_model
+    monkeypatch.setattr(SecondMoment, "mean", lambda self, *total: counted.append(self.tokens) or mean(self, *total))
+    monkeypatch.setattr(training, "tune_model", lambda *all: batches.extend(all[2]) or tune(*all))
+    update = {"calibration": (str(text_file),), "finetune": Finetuning(steps=3, tokens=1024)}
+    run(tied, tmp_path / "out", COARSE.model_copy(update=update))
+    assert set(counted) == {2048} and [ids.numel() for ids in batches] == [1024] * 3
+    assert len(torch.cat(batches).unique(dim=0)) == 48
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from quantize.columns import Segment, code_block_torch, decode, loss, sweep, swe
 from quantize.coupled import sweep_coupled, walk_coupled
 from quantize.devices import be_deterministic, resident
 from quantize.evaluate import load_any, on_device, score, windows_at_once
+from quantize.hessian import add_products
 from quantize.kmeans import Books, assign, assign_torch, kmeans, train_books
 from quantize.recipe import BlockTuning, Finetuning, LayerRecipe, Recipe
 from quantize.refine import fit_books, fit_norm
@@ -86,6 +87,19 @@ def test_sums(crowded: bool) -> None:
     found = IndexedSums(index.to(GPU), 700)(rows.to(GPU))
     assert torch.equal(found, IndexedSums(index.to(GPU), 700)(rows.to(GPU)))
     torch.testing.assert_close(found.cpu(), IndexedSums(index, 700)(rows), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_products_of_tokens(dtype: torch.dtype) -> None:
+    x, y = (random(9000, columns, seed=columns).add(0.3).to(GPU, dtype) for columns in (96, 160))
+    weight = torch.exp2(torch.randint(-9, 1, (9000, 1), generator=torch.Generator().manual_seed(0))).to(GPU, dtype)
+    found, again = (torch.full((96, 160), 0.5, device=GPU) for _ in range(2))
+    for total in (found, again):
+        add_products(total, x, y * weight)
+    assert torch.equal(found, again)
+    torch.testing.assert_close(
+        found.double(), 0.5 + x.double().T @ (y.double() * weight.double()), rtol=1e-4, atol=2e-2
+    )
 
 
 @pytest.mark.parametrize("r", [0, 32])
@@ -185,9 +199,12 @@ UPDATES = [{}, {"bits": 4.0}, {"guided": 2}, {"curvature": True}, {"correction":
 
 
 @pytest.mark.parametrize("update", UPDATES, ids=str)
-def test_runs_repeat_themselves(tied: Path, text_file: Path, tmp_path: Path, update: dict) -> None:
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_runs_repeat_themselves(
+    text_file: Path, tmp_path: Path, model: str, update: dict, request: pytest.FixtureRequest
+) -> None:
     for name in ("one", "two"):
-        run(tied, tmp_path / name, recipe(text_file, **update))
+        run(request.getfixturevalue(model), tmp_path / name, recipe(text_file, **update))
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
