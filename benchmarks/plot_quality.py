@@ -3,8 +3,8 @@
     python -m benchmarks.plot_quality benchmarks/results/quality-DATE-MODEL.json [...] docs/quality.svg
 
 Of several files the rows are taken that have the model and the text of the first file's first row, as much of it and in
-windows as long, and its perplexity of the original: texts of one name may differ. Of several rows of one method at one
-number of bits the last is taken.
+windows as long, and its perplexity of the original: texts of one name may differ. Of several rows of one method asked
+for the same bits the last is taken.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ def main() -> None:
         if all(row[name] == rows[0][name] for name in EVALUATION)
         and math.isclose(row["original_perplexity"], original, rel_tol=1e-3)
     ]
-    lines: dict[str, dict[float, float]] = defaultdict(dict)
+    lines: dict[str, dict[float, tuple[float, float]]] = defaultdict(dict)
     for row in rows:
-        lines[row["method"]][row["effective_bits"]] = row["perplexity"]
+        asked = row["recipe"].get("bits") or row["effective_bits"]
+        lines[row["method"]][asked] = row["effective_bits"], row["perplexity"]
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for method, points in lines.items():
-        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=4, label=NAMES.get(method, method))
+        along = zip(*sorted(points.values()), strict=True)
+        axes.plot(*along, marker="o", markersize=4, label=NAMES.get(method, method))
     axes.axhline(original, color="black", linewidth=0.8, linestyle=":", label=f"original ({original:.2f})")
     axes.set(yscale="log", ylim=(original * 0.97, original * arguments.most))
     axes.set(xlabel="effective bits a weight: indices, books, scales, zeros", ylabel="perplexity")

@@ -87,8 +87,9 @@ def test_the_table_of_corrections():
         ("With more tokens, one run each", lambda row: row["file"].endswith("-tokens.json") and not _coupled(row), 8),
         ("Rows of `balanced` and `best` without the option", _coupled, 10),
         ("What the stream is worth to `fast`", lambda row: "-30-" in row["file"], 4),
+        ("Before and now, with more calibration tokens", lambda row: "-30-" in row["file"], 10),
     ],
-    ids=["allocation", "tokens", "coupled rows", "stream"],
+    ids=["allocation", "tokens", "coupled rows", "stream", "more tokens"],
 )
 def test_tables_of_before_and_now(words, now, count):
     """Excess and KL before and now, of rows of the same text, are in the files that the paragraph links."""
