@@ -20,7 +20,9 @@ BOOKS = [(2, 7, 0), (3, 300, 0), (4, 520, 0), (8, 600, 0), (16, 30, 0), (2, 16, 
 @pytest.fixture(scope="module", params=[True, False], ids=["rows at once", "column after column"])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The search with blocks of columns taken in one launch, and in many."""
-    return emulated("assign", tmp_path_factory.mktemp("emulated"), **({} if request.param else {"kFewCentroids": 0}))
+    return emulated(
+        "assign", tmp_path_factory.mktemp("emulated"), **({"kRowWarps": 2} if request.param else {"kFewCentroids": 0})
+    )
 
 
 @pytest.fixture(params=[1, 40], ids=["few blocks", "many blocks"])
@@ -63,8 +65,11 @@ def test_assignment(v: int, k: int, r: int, candidates: int) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize(("v", "k", "r", "columns", "rows"), [(4, 300, 0, 11, 9), (8, 20, 5, 11, 6), (2, 9, 40, 70, 2)])
-def test_blocks(v: int, k: int, r: int, columns: int, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("v", "k", "r", "candidates", "columns", "rows"),
+    [(4, 300, 0, 2, 11, 9), (8, 20, 5, 4, 11, 6), (2, 9, 40, 3, 70, 1), (3, 100, 70, 8, 3, 3), (16, 30, 70, 9, 3, 3)],
+)
+def test_blocks(v: int, k: int, r: int, candidates: int, columns: int, rows: int) -> None:
     made = books(v, k, r)
     block, matrix = random(columns, rows, v), (random(columns, columns) / 5 + 2 * torch.eye(columns)).triu()
     for ours, torchs in ((native.code_block, code_block_torch), (native.sweep_block, sweep_block_torch)):
@@ -72,8 +77,8 @@ def test_blocks(v: int, k: int, r: int, columns: int, rows: int) -> None:
             (start.clone(), (start % r).clone() if r else None)
             for start in [torch.arange(columns * rows).view(columns, rows) % k] * 2
         )
-        found = ours(block.clone(), matrix, made.main, made.residual, 2, one)
-        expected = torchs(block, matrix, made, 2, *two)
+        found = ours(block.clone(), matrix, made.main, made.residual, candidates, one)
+        expected = torchs(block, matrix, made, candidates, *two)
         torch.testing.assert_close(found, expected)
         assert torch.equal(one[0], two[0])
         if one[1] is not None:

@@ -20,8 +20,10 @@ constexpr int kChunk = kThreads;         // centroids in shared memory
 constexpr float kFar = 3.402823466e38f;  // the largest float: of padding
 constexpr int kSpread = 8;               // columns that a thread of `spread` changes
 constexpr int kHeld = 4;                 // columns that a lane of `code_rows` holds
-constexpr int kRowWarps = 4;             // rows of vectors of a block of `code_rows`
-constexpr int kFewCentroids = 8192;      // of both books, that one warp looks through
+constexpr int kRowWarps = 8;             // of a block of `code_rows`, at most: it has a row of vectors
+constexpr int kBusy = 32;                // warps of a multiprocessor that more would hardly speed up
+constexpr int kCandidates = 8;           // main centroids that one pass finds
+constexpr int kFewCentroids = 8192;      // of both books, that the threads of a block look through
 
 using Key = unsigned long long;  // a score, made to sort as an integer, above the index
 
@@ -227,82 +229,190 @@ __global__ void spread(const float* __restrict__ change, int64_t size, const flo
     if (c < columns) block[c * size + i] -= weights[c] * by;
 }
 
-// The least key among a book's centroids, or among those behind `after`, for one vector that all lanes of a warp have.
+// `count` floats of a book whose first entry lies on 16 bytes, in as few loads as their number allows.
 template <int V>
-__device__ inline Key nearest_of_warp(const float (&minus)[V], const float* __restrict__ book, int count,
-                                      const Key* after) {
-  Key lowest = ~Key(0);
-  for (int c = threadIdx.x % 32; c < count; c += 32) {
-    float centroid[V], norm = 0.0f;
+__device__ inline void load(const float* from, float (&to)[V]) {
+  constexpr int kAtOnce = V % 4 == 0 ? 4 : V % 2 == 0 ? 2 : 1;
+  struct alignas(4 * kAtOnce) Part {
+    float value[kAtOnce];
+  };
 #pragma unroll
-    for (int d = 0; d < V; d++) {
-      centroid[d] = book[size_t(c) * V + d];
-      norm = fmaf(centroid[d], centroid[d], norm);
-    }
-    const Key key = key_of(score(minus, centroid, norm / 2), unsigned(c));
-    if (key < lowest && (!after || key > *after)) lowest = key;
+  for (int d = 0; d < V; d += kAtOnce) {
+    const Part part = *reinterpret_cast<const Part*>(from + d);
+#pragma unroll
+    for (int e = 0; e < kAtOnce; e++) to[d + e] = part.value[e];
   }
-#pragma unroll
-  for (int step = 16; step; step /= 2) lowest = min(lowest, __shfl_xor_sync(~0u, lowest, step));
-  return lowest;
 }
 
+__device__ inline Key least_of_warp(Key key) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) key = min(key, __shfl_xor_sync(~0u, key, step));
+  return key;
+}
+
+// The least scores that a lane has seen, in order; of equal ones those that came first.
+template <int T>
+struct Least {
+  float score[T];
+  unsigned index[T];
+
+  __device__ inline Least() {
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+      score[t] = kFar;
+      index[t] = 0;
+    }
+  }
+
+  __device__ inline void offer(float s, unsigned i) {
+    if (!(s < score[T - 1])) return;
+    score[T - 1] = s;
+    index[T - 1] = i;
+#pragma unroll
+    for (int t = T - 1; t > 0; t--) {
+      const bool lower = score[t] < score[t - 1];
+      const float low = lower ? score[t] : score[t - 1], high = lower ? score[t - 1] : score[t];
+      const unsigned first = lower ? index[t] : index[t - 1], second = lower ? index[t - 1] : index[t];
+      score[t - 1] = low, score[t] = high;
+      index[t - 1] = first, index[t] = second;
+    }
+  }
+
+  // Takes the least of all lanes of a warp out.
+  __device__ inline Key take() {
+    const Key own = key_of(score[0], index[0]), least = least_of_warp(own);
+    const bool mine = own == least;
+#pragma unroll
+    for (int t = 0; t + 1 < T; t++) {
+      score[t] = mine ? score[t + 1] : score[t];
+      index[t] = mine ? index[t + 1] : index[t];
+    }
+    if (mine) score[T - 1] = kFar, index[T - 1] = 0;
+    return least;
+  }
+};
+
 // A whole block of columns in one launch, where books are small: what a column leaves to the columns behind it stays in
-// its row of vectors, so that rows go their own ways. A warp has a row: lanes share the centroids, and hold the row's
-// columns, kHeld of every 32. Computes what `search`, `leave`, `choose` and `spread` do, in the same order.
-template <int V, Use How>
+// its row of vectors, so that rows go their own ways. A thread block has a row: threads share the centroids, and the
+// first warp's lanes hold the row's columns, kHeld of every 32. Up to T candidates are found in one pass over the main
+// book, and each pass over the residual one is for several of them. Computes what `search`, `leave`, `choose` and
+// `spread` do, in the same order.
+template <int V, int T>
 __global__ void __launch_bounds__(32 * kRowWarps)
     code_rows(const float* __restrict__ block, int columns, int64_t rows, const float* __restrict__ matrix,
               int64_t matrix_stride, const float* __restrict__ main, int k, const float* __restrict__ residual, int r,
-              int candidates, int64_t* __restrict__ index, int64_t* __restrict__ residual_index,
+              int candidates, bool sweep, int64_t* __restrict__ index, int64_t* __restrict__ residual_index,
               float* __restrict__ result) {
-  const int lane = threadIdx.x % 32;
-  const int64_t row = int64_t(blockIdx.x) * kRowWarps + threadIdx.x / 32, size = rows * V;
-  if (row >= rows) return;
+  constexpr int kBatch = V > 8 ? (T < 2 ? T : 2) : (T < 4 ? T : 4);  // candidates of a pass over the residual book
+  __shared__ float point[V];
+  __shared__ Key found[kRowWarps * T], found_residual[kRowWarps * T];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, listed = threads / 32 * T;
+  const int64_t row = blockIdx.x, size = rows * V;
   float held[kHeld][V];
 #pragma unroll
   for (int t = 0; t < kHeld; t++)
 #pragma unroll
     for (int d = 0; d < V; d++)
-      held[t][d] = t * 32 + lane < columns ? block[(t * 32 + lane) * size + row * V + d] : 0.0f;
+      held[t][d] = warp == 0 && t * 32 + lane < columns ? block[(t * 32 + lane) * size + row * V + d] : 0.0f;
 #pragma unroll 1
   for (int j = 0; j < columns; j++) {
-    if (j && j % 32 == 0) {  // the next 32 columns come first: registers have no index
+    if (warp == 0) {
+      if (j && j % 32 == 0) {  // the next 32 columns come first: registers have no index
 #pragma unroll
-      for (int t = 0; t + 1 < kHeld; t++)
+        for (int t = 0; t + 1 < kHeld; t++)
 #pragma unroll
-        for (int d = 0; d < V; d++) held[t][d] = held[t + 1][d];
+          for (int d = 0; d < V; d++) held[t][d] = held[t + 1][d];
+      }
+      if (lane == j % 32) {
+#pragma unroll
+        for (int d = 0; d < V; d++) point[d] = held[0][d];
+      }
     }
-    const int64_t i = j * rows + row;
-    float x[V], minus[V], after[V], change[V];
+    __syncthreads();
+    float x[V], minus[V];
 #pragma unroll
     for (int d = 0; d < V; d++) {
-      x[d] = __shfl_sync(~0u, held[0][d], j % 32);
+      x[d] = point[d];
       minus[d] = -x[d];
     }
-    unsigned chosen = 0, chosen_residual = 0;
-    float lowest = kFar;
-    Key nearest = 0;
-    for (int t = 0; t < candidates; t++) {
-      const Key before = nearest;
-      nearest = nearest_of_warp(minus, main, k, t ? &before : nullptr);
-      if (!residual) {
-        chosen = unsigned(nearest);
-        break;
-      }
-      float left[V], norm = 0.0f;
+    Least<T> nearby;
+    for (int c = threadIdx.x; c < k; c += threads) {
+      float centroid[V], norm = 0.0f;
+      load<V>(main + size_t(c) * V, centroid);
 #pragma unroll
-      for (int d = 0; d < V; d++) {
-        left[d] = x[d] - main[size_t(unsigned(nearest)) * V + d];
-        norm = fmaf(left[d], left[d], norm);
-        left[d] = -left[d];
+      for (int d = 0; d < V; d++) norm = fmaf(centroid[d], centroid[d], norm);
+      nearby.offer(score(minus, centroid, norm / 2), unsigned(c));
+    }
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+      const Key least = nearby.take();
+      if (lane == 0) found[warp * T + t] = least;
+    }
+    __syncthreads();
+    // Every warp puts the lists of all together for itself.
+    Key nearest[T];
+    Key one = lane < listed ? found[lane] : ~Key(0), two = lane + 32 < listed ? found[lane + 32] : ~Key(0);
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+      nearest[t] = least_of_warp(min(one, two));
+      if (one == nearest[t]) one = ~Key(0);
+      if (two == nearest[t]) two = ~Key(0);
+      if (t && nearest[t] == ~Key(0)) nearest[t] = nearest[t - 1];  // of points that are no numbers
+    }
+    float norms[T];
+    if (residual) {
+#pragma unroll
+      for (int first = 0; first < T; first += kBatch) {
+        float left[kBatch][V], lowest[kBatch];
+        unsigned at[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; b++) {
+          load<V>(main + size_t(unsigned(nearest[first + b])) * V, left[b]);
+          norms[first + b] = 0.0f;
+#pragma unroll
+          for (int d = 0; d < V; d++) {
+            left[b][d] -= x[d];
+            norms[first + b] = fmaf(left[b][d], left[b][d], norms[first + b]);
+          }
+          lowest[b] = kFar;
+          at[b] = 0;
+        }
+        if (first < candidates) {
+          for (int c = threadIdx.x; c < r; c += threads) {
+            float centroid[V], norm = 0.0f;
+            load<V>(residual + size_t(c) * V, centroid);
+#pragma unroll
+            for (int d = 0; d < V; d++) norm = fmaf(centroid[d], centroid[d], norm);
+#pragma unroll
+            for (int b = 0; b < kBatch; b++) {
+              const float s = score(left[b], centroid, norm / 2);
+              if (s < lowest[b]) lowest[b] = s, at[b] = unsigned(c);
+            }
+          }
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; b++) {
+          const Key least = least_of_warp(key_of(lowest[b], at[b]));
+          if (lane == 0) found_residual[warp * T + first + b] = least;
+        }
       }
-      const Key second = nearest_of_warp(left, residual, r, nullptr);
-      const float error = norm / 2 + score_of(second);
-      if (t == 0 || error < lowest) {
-        lowest = error;
-        chosen = unsigned(nearest);
-        chosen_residual = unsigned(second);
+      __syncthreads();
+    }
+    if (warp) continue;
+    const int64_t i = j * rows + row;
+    float after[V], change[V], lowest = kFar;
+    unsigned chosen = unsigned(nearest[0]), chosen_residual = 0;
+    if (residual) {
+#pragma unroll
+      for (int t = 0; t < T; t++) {
+        Key second = ~Key(0);
+        for (int w = 0; w < threads / 32; w++) second = min(second, found_residual[w * T + t]);
+        const float error = norms[t] / 2 + score_of(second);
+        if (t == 0 || (t < candidates && error < lowest)) {
+          lowest = error;
+          chosen = unsigned(nearest[t]);
+          chosen_residual = unsigned(second);
+        }
       }
     }
     bool taken = true;
@@ -312,7 +422,7 @@ __global__ void __launch_bounds__(32 * kRowWarps)
       if (residual) after[d] += residual[size_t(chosen_residual) * V + d];
     }
     const float* weights = matrix + j * matrix_stride;
-    if constexpr (How == Use::kCode) {
+    if (!sweep) {
 #pragma unroll
       for (int d = 0; d < V; d++) change[d] = (x[d] - after[d]) / weights[j];
     } else {
@@ -398,10 +508,22 @@ void launch_block(float* block, int columns, int64_t rows, const float* matrix, 
                   const Books& books, const Scratch& scratch, int64_t* index, int64_t* residual_index, float* result,
                   int processors, cudaStream_t stream) {
   const int64_t size = rows * V;
-  if (columns <= 32 * kHeld && books.k + books.r <= kFewCentroids) {
-    code_rows<V, How><<<blocks_for(rows, kRowWarps), 32 * kRowWarps, 0, stream>>>(
-        block, columns, rows, matrix, matrix_stride, books.main, books.k, books.residual, books.r, books.candidates,
-        index, residual_index, result);
+  const auto loadable = [](const float* book) { return reinterpret_cast<uintptr_t>(book) % 16 == 0; };
+  if (columns <= 32 * kHeld && books.k + books.r <= kFewCentroids && books.candidates <= kCandidates &&
+      loadable(books.main) && loadable(books.residual)) {
+    int warps = kRowWarps;
+    while (warps > 1 && (rows * warps > kBusy * processors || 32 * warps > std::max(books.k, books.r))) warps /= 2;
+    const auto launch = [&](auto most) {
+      code_rows<V, decltype(most)::value><<<unsigned(rows), 32 * warps, 0, stream>>>(
+          block, columns, rows, matrix, matrix_stride, books.main, books.k, books.residual, books.r, books.candidates,
+          How == Use::kSweep, index, residual_index, result);
+    };
+    if (books.candidates == 1)
+      launch(std::integral_constant<int, 1>());
+    else if (books.candidates <= 4)
+      launch(std::integral_constant<int, 4>());
+    else
+      launch(std::integral_constant<int, kCandidates>());
     return;
   }
   for (int j = 0; j < columns; j++) {
