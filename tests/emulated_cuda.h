@@ -66,6 +66,14 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
   return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ other);
 }
 
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  for (int step = 16; step; step /= 2) {
+    const unsigned other = __shfl_xor_sync(mask, value, step);
+    value = other < value ? other : value;
+  }
+  return value;
+}
+
 inline void emulate(dim3 grid, unsigned threads, bool waits, const std::function<void()>& kernel) {
   auto run = [&](unsigned x, unsigned y, unsigned t) {
     blockIdx = dim3(x, y), threadIdx = dim3(t), blockDim = dim3(threads);

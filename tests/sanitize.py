@@ -33,8 +33,8 @@ SMALL_SHARED_BYTES = 99 << 10
 """Of cards without warp groups, on which ``resident.cuh`` serves."""
 WEIGHT = 0
 """As a count of tokens: the layer's weight is decoded, and nothing multiplied."""
-BOOKS = [(8, 4096, 0), (4, 256, 16), (8, 16384, 0), (4, 16384, 16)]
-"""Vector length, main and residual book of the quantizer's search: one warp looks through the first two."""
+BOOKS = [(8, 4096, 0), (4, 256, 16), (6, 4096, 256), (8, 16384, 0), (4, 16384, 16)]
+"""Vector length, main and residual book of the quantizer's search: a thread block looks through the first three."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ BOOKS = [(2, 7, 0), (3, 300, 0), (4, 520, 0), (8, 600, 0), (16, 30, 0), (2, 16, 
 @pytest.fixture(scope="module", params=[True, False], ids=["rows at once", "column after column"])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The search with blocks of columns taken in one launch, and in many."""
-    return emulated(
-        "assign", tmp_path_factory.mktemp("emulated"), **({"kRowWarps": 2} if request.param else {"kFewCentroids": 0})
-    )
+    return emulated("assign", tmp_path_factory.mktemp("emulated"), **({} if request.param else {"kFewCentroids": 0}))
 
 
 @pytest.fixture(params=[1, 40], ids=["few blocks", "many blocks"])
@@ -67,7 +65,15 @@ def test_assignment(v: int, k: int, r: int, candidates: int) -> None:
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(
     ("v", "k", "r", "candidates", "columns", "rows"),
-    [(4, 300, 0, 2, 11, 9), (8, 20, 5, 4, 11, 6), (2, 9, 40, 3, 70, 1), (3, 100, 70, 8, 3, 3), (16, 30, 70, 9, 3, 3)],
+    # Of one warp, of several, and of eight with the longest lists.
+    [
+        (4, 300, 0, 2, 4, 3),
+        (8, 20, 5, 4, 11, 6),
+        (2, 9, 40, 3, 70, 1),
+        (3, 520, 70, 4, 3, 2),
+        (4, 2048, 30, 8, 2, 1),
+        (16, 30, 70, 9, 3, 3),
+    ],
 )
 def test_blocks(v: int, k: int, r: int, candidates: int, columns: int, rows: int) -> None:
     made = books(v, k, r)

@@ -63,17 +63,19 @@ def test_assignment(sizes: tuple[int, int, int], points: int) -> None:
     torch.testing.assert_close(error, least, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(8, 4096, 0), (4, 256, 16), (8, 16384, 0), (4, 16384, 16)])
-def test_blocks_of_columns(sizes: tuple[int, int, int]) -> None:
-    v, k, r = sizes
-    made, columns, rows = books(*sizes, GPU), 128, 70
+SEARCHES = [(8, 4096, 0, 4), (4, 256, 16, 4), (6, 4096, 256, 8), (3, 512, 64, 9), (8, 16384, 0, 4), (4, 16384, 16, 4)]
+
+
+@pytest.mark.parametrize(("v", "k", "r", "candidates"), SEARCHES)
+def test_blocks_of_columns(v: int, k: int, r: int, candidates: int) -> None:
+    made, columns, rows = books(v, k, r, GPU), 128, 70
     block = random(columns, rows, v).to(GPU)
     matrix = (random(columns, columns) / 20 + 2 * torch.eye(columns)).triu().to(GPU)
     start = torch.arange(columns * rows, device=GPU).view(columns, rows)
     for ours, torchs in ((native.code_block, code_block_torch), (native.sweep_block, sweep_block_torch)):
         one, two = (((start % k).clone(), (start % r).clone() if r else None) for _ in range(2))
-        found = ours(block, matrix, made.main, made.residual, 4, one)
-        expected = torchs(block, matrix, made, 4, *two)
+        found = ours(block, matrix, made.main, made.residual, candidates, one)
+        expected = torchs(block, matrix, made, candidates, *two)
         # One vector between two centroids may go either way, and takes those behind it along.
         close = (found - expected).abs().amax((0, 2)) < 1e-3
         assert close.float().mean() > 0.9

@@ -21,7 +21,7 @@ constexpr float kFar = 3.402823466e38f;  // the largest float: of padding
 constexpr int kSpread = 8;               // columns that a thread of `spread` changes
 constexpr int kHeld = 4;                 // columns that a lane of `code_rows` holds
 constexpr int kRowWarps = 8;             // of a block of `code_rows`, at most: it has a row of vectors
-constexpr int kBusy = 32;                // warps of a multiprocessor that more would hardly speed up
+constexpr int kBusy = 16;                // of its warps a multiprocessor holds about so many
 constexpr int kCandidates = 8;           // main centroids that one pass finds
 constexpr int kFewCentroids = 8192;      // of both books, that the threads of a block look through
 
@@ -229,7 +229,7 @@ __global__ void spread(const float* __restrict__ change, int64_t size, const flo
     if (c < columns) block[c * size + i] -= weights[c] * by;
 }
 
-// `count` floats of a book whose first entry lies on 16 bytes, in as few loads as their number allows.
+// An entry of a book that lies on 16 bytes, in as few loads as its length allows.
 template <int V>
 __device__ inline void load(const float* from, float (&to)[V]) {
   constexpr int kAtOnce = V % 4 == 0 ? 4 : V % 2 == 0 ? 2 : 1;
@@ -245,9 +245,8 @@ __device__ inline void load(const float* from, float (&to)[V]) {
 }
 
 __device__ inline Key least_of_warp(Key key) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) key = min(key, __shfl_xor_sync(~0u, key, step));
-  return key;
+  const unsigned high = unsigned(key >> 32), least = __reduce_min_sync(~0u, high);
+  return Key(least) << 32 | __reduce_min_sync(~0u, high == least ? unsigned(key) : ~0u);
 }
 
 // The least scores that a lane has seen, in order; of equal ones those that came first.
@@ -303,6 +302,7 @@ __global__ void __launch_bounds__(32 * kRowWarps)
               int64_t matrix_stride, const float* __restrict__ main, int k, const float* __restrict__ residual, int r,
               int candidates, bool sweep, int64_t* __restrict__ index, int64_t* __restrict__ residual_index,
               float* __restrict__ result) {
+  static_assert(kRowWarps * T <= 64, "a lane merges two entries of the lists");
   constexpr int kBatch = V > 8 ? (T < 2 ? T : 2) : (T < 4 ? T : 4);  // candidates of a pass over the residual book
   __shared__ float point[V];
   __shared__ Key found[kRowWarps * T], found_residual[kRowWarps * T];
@@ -343,21 +343,22 @@ __global__ void __launch_bounds__(32 * kRowWarps)
       for (int d = 0; d < V; d++) norm = fmaf(centroid[d], centroid[d], norm);
       nearby.offer(score(minus, centroid, norm / 2), unsigned(c));
     }
+    Key nearest[T];
 #pragma unroll
     for (int t = 0; t < T; t++) {
-      const Key least = nearby.take();
-      if (lane == 0) found[warp * T + t] = least;
+      nearest[t] = nearby.take();
+      if (lane == 0) found[warp * T + t] = nearest[t];
     }
     __syncthreads();
-    // Every warp puts the lists of all together for itself.
-    Key nearest[T];
-    Key one = lane < listed ? found[lane] : ~Key(0), two = lane + 32 < listed ? found[lane + 32] : ~Key(0);
+    if (threads > 32) {  // every warp puts the lists of all together for itself
+      Key one = lane < listed ? found[lane] : ~Key(0), two = lane + 32 < listed ? found[lane + 32] : ~Key(0);
 #pragma unroll
-    for (int t = 0; t < T; t++) {
-      nearest[t] = least_of_warp(min(one, two));
-      if (one == nearest[t]) one = ~Key(0);
-      if (two == nearest[t]) two = ~Key(0);
-      if (t && nearest[t] == ~Key(0)) nearest[t] = nearest[t - 1];  // of points that are no numbers
+      for (int t = 0; t < T; t++) {
+        nearest[t] = least_of_warp(min(one, two));
+        if (one == nearest[t]) one = ~Key(0);
+        if (two == nearest[t]) two = ~Key(0);
+        if (t && nearest[t] == ~Key(0)) nearest[t] = nearest[t - 1];  // of points that are no numbers
+      }
     }
     float norms[T];
     if (residual) {
@@ -403,10 +404,11 @@ __global__ void __launch_bounds__(32 * kRowWarps)
     float after[V], change[V], lowest = kFar;
     unsigned chosen = unsigned(nearest[0]), chosen_residual = 0;
     if (residual) {
+      Key least = ~Key(0);
+      for (int w = 0; w < threads / 32 && lane < T; w++) least = min(least, found_residual[w * T + lane]);
 #pragma unroll
       for (int t = 0; t < T; t++) {
-        Key second = ~Key(0);
-        for (int w = 0; w < threads / 32; w++) second = min(second, found_residual[w * T + t]);
+        const Key second = __shfl_sync(~0u, least, t);
         const float error = norms[t] / 2 + score_of(second);
         if (t == 0 || (t < candidates && error < lowest)) {
           lowest = error;
@@ -512,7 +514,9 @@ void launch_block(float* block, int columns, int64_t rows, const float* matrix, 
   if (columns <= 32 * kHeld && books.k + books.r <= kFewCentroids && books.candidates <= kCandidates &&
       loadable(books.main) && loadable(books.residual)) {
     int warps = kRowWarps;
-    while (warps > 1 && (rows * warps > kBusy * processors || 32 * warps > std::max(books.k, books.r))) warps /= 2;
+    // A warp costs as much as it saves where its lanes have fewer centroids than candidates.
+    const int most = std::max(books.k, books.r);
+    while (warps > 1 && (rows * warps > kBusy * processors || 32 * warps * books.candidates > most)) warps /= 2;
     const auto launch = [&](auto most) {
       code_rows<V, decltype(most)::value><<<unsigned(rows), 32 * warps, 0, stream>>>(
           block, columns, rows, matrix, matrix_stride, books.main, books.k, books.residual, books.r, books.candidates,
