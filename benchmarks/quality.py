@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch
 from quantize.evaluate import Score, evaluation_text, load_any, score
 from quantize.export import read_config
 from quantize.plan import total_bits
-from quantize.report import REPORT
+from quantize.report import REPORT, seconds_by_step
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -71,9 +70,6 @@ def result(
     recipe = json.loads((out / "vptq_recipe.json").read_text())
     records = [json.loads(line) for line in (out / REPORT).read_text().splitlines()]
     errors = [record["error"] for record in records if "layer" in record]
-    steps: Counter[str] = Counter()
-    for record in records:
-        steps.update(record.get("step_seconds", {}))
     sources = [Path(source).name for source in recipe.get("calibration", ["self"])]
     return {
         "name": name,
@@ -91,7 +87,7 @@ def result(
         "mean_layer_error": round(sum(errors) / len(errors), 6),
         "quantize_s": round(seconds, 1),
         "quantize_cpu_s": round(cpu_seconds, 1),
-        "step_s": {step: round(spent, 1) for step, spent in steps.items()},
+        "step_s": {step: round(spent, 1) for step, spent in seconds_by_step(records).items()},
         "load": round(os.getloadavg()[2], 1),
     }
 

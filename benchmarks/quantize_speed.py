@@ -20,7 +20,6 @@ import re
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from benchmarks.shapes import SHAPES, Shape
 from quantize import native
 from quantize.blocks import quantize_block
-from quantize.calibration import wanted_tokens
+from quantize.calibration import sequences, wanted_tokens
 from quantize.devices import be_deterministic, choose_devices, forget_peaks, peak_host_memory, total_peak
 from quantize.drift import Original
 from quantize.estimate import planned
@@ -42,7 +41,7 @@ from quantize.model import decoder_blocks, first_inputs
 from quantize.parts import Parts
 from quantize.plan import Plan
 from quantize.recipe import PRESETS, Recipe
-from quantize.report import Report
+from quantize.report import Report, seconds_by_step
 from quantize.run import Run
 from quantize.solver import solve
 from vllm_vptq.format import LayerSpec
@@ -135,8 +134,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The preset's recipe, without training: that is measured elsewhere."""
-    options: dict[str, Any] = {"finetune": {"steps": 0}, "device": arguments.device}
+    """The preset's recipe for a given text, as long as need be, without training: that is measured elsewhere."""
+    options: dict[str, Any] = {"calibration": "text", "finetune": {"steps": 0}, "device": arguments.device}
     options |= {"tokens": arguments.tokens, "context": arguments.context, "rounds": arguments.rounds}
     if arguments.bits is None:
         parsed = re.fullmatch(r"v(\d+)-k(\d+)(?:-(\d+))?", arguments.format)
@@ -206,10 +205,10 @@ def random_model(shape: Shape, device: torch.device) -> nn.Module:
 
 
 def random_ids(recipe: Recipe, widest: int, vocabulary: int) -> Tensor:
-    """Calibration tokens int64 ``[sequences, context]``, as many as a run takes from a text that has them."""
+    """Calibration tokens int64 ``[sequences, context]``, as many as a run takes."""
     generator = torch.Generator().manual_seed(2)
-    wanted = wanted_tokens(recipe.model_copy(update={"calibration": ("text",)}), widest)
-    return torch.randint(vocabulary, (-(-wanted // recipe.context), recipe.context), generator=generator)
+    count = sequences(recipe, wanted_tokens(recipe, widest))
+    return torch.randint(vocabulary, (count, recipe.context), generator=generator)
 
 
 def coded_block(
@@ -233,12 +232,12 @@ def coded_block(
         total = time.perf_counter() - started
         records = [parts.record(name) for name in plan.specs]
         tensors = {f"{name}.{key}": value for name in plan.specs for key, value in parts.load(name).items()}
-    steps: defaultdict[str, float] = defaultdict(float)
-    for record in records:
-        for step, spent in record["step_seconds"].items():
-            steps[step] += spent
     in_layers = seconds.pop("layers")
-    by_step = {**seconds, **steps, "saving": max(0.0, in_layers * len(devices) - sum(r["seconds"] for r in records))}
+    by_step = {
+        **seconds,
+        **seconds_by_step(records),
+        "saving": max(0.0, in_layers * len(devices) - sum(r["seconds"] for r in records)),
+    }
     gpu: dict[str, float] = {}
     if on_gpu:
         held, reserved = (max(peaks) for peaks in zip(*map(total_peak, devices), strict=True))

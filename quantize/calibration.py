@@ -33,6 +33,11 @@ def wanted_tokens(recipe: Recipe, widest: int) -> int:
     return recipe.tokens if writes_itself(recipe) else max(recipe.tokens, recipe.tokens_per_input * widest)
 
 
+def sequences(recipe: Recipe, tokens: int) -> int:
+    """How many calibration sequences hold so many tokens."""
+    return -(-tokens // recipe.context)
+
+
 def trained_tokens(recipe: Recipe) -> int:
     """How many tokens training end to end would see once each, where a given text has them and none are asked for.
 
@@ -53,8 +58,8 @@ def calibration_tokens(model: Any, tokenizer: Any, recipe: Recipe, progress: Pro
     mixture. ``self`` is text the model writes, which needs no network and fits models of any language (the idea of
     LLM-QAT, https://arxiv.org/abs/2305.17888).
     """
-    most = max(wanted_tokens(recipe, widest), trained_tokens(recipe))
-    least, count = (-(-tokens // recipe.context) for tokens in (recipe.tokens, most))
+    least = sequences(recipe, recipe.tokens)
+    count = sequences(recipe, max(wanted_tokens(recipe, widest), trained_tokens(recipe)))
     names, weights = zip(*map(split_source, recipe.calibration or (SELF,)), strict=True)
     parts = []
     for name, share, needed in zip(names, shares(weights, count), shares(weights, least), strict=True):

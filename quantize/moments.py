@@ -73,10 +73,11 @@ def collect(
             plain.add(x)
             raise Stop
         plain.tokens = here.stop
+        x = x.float()
         for name, groups in guided.items():
             assert weights is not None
             for g, moment in enumerate(groups):
-                moment.add(x, x.float() * weights[name][here, g, None].to(device))
+                moment.add(x, x * weights[name][here, g, None].to(device))
         raise Stop  # what follows in the block is nobody's business
 
     hook = first.register_forward_pre_hook(record)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quantize import native
 from quantize.allocate import allocate
 from quantize.blocks import quantize_blocks
-from quantize.calibration import calibration_tokens, wanted_tokens, writes_itself
+from quantize.calibration import calibration_tokens, sequences, wanted_tokens, writes_itself
 from quantize.curvature import CURVATURE_TOKENS, coupled, curvatures
 from quantize.devices import Share, be_deterministic, choose_devices, resident
 from quantize.errors import QuantizeError
@@ -27,7 +27,7 @@ from quantize.parts import Parts
 from quantize.plan import Plan, left_dense_note, make_plan
 from quantize.recipe import LayerRecipe, Recipe
 from quantize.report import Report
-from quantize.run import BATCH_TOKENS, Run, tuned_part
+from quantize.run import Run, tuned_part
 from quantize.sensitivity import measure
 from quantize.solver import row_groups
 from quantize.training import finetune_model
@@ -87,7 +87,7 @@ def code_model(
     if "calibration" not in parts:
         parts.save("calibration", {"ids": _calibration(model, tokenizer, recipe, expected.widest, devices[0], report)})
     trained = parts.load("calibration")["ids"].to(devices[0])
-    ids = trained[: -(-wanted_tokens(recipe, expected.widest) // recipe.context)]
+    ids = trained[: sequences(recipe, wanted_tokens(recipe, expected.widest))]
     if trained.numel() >= recipe.tokens + recipe.context:
         others = f", and {trained.numel() - ids.numel():,} more for training" if len(trained) > len(ids) else ""
         report.note(f"{ids.numel():,} calibration tokens for layers so wide{others}; --tokens sets their number")
@@ -143,7 +143,7 @@ def _prepare(run: Run) -> tuple[Plan, Weights | None]:
         sensitivity = dict.fromkeys(plan.layers, dict.fromkeys((True, False), 1.0))
         if recipe.allocation == "measured":
             run.report.stage("measuring what each layer is worth")
-            batches = run.id_batches()[: max(1, _MEASURED_TOKENS // BATCH_TOKENS)]
+            batches = run.first_batches(_MEASURED_TOKENS)
             progress = run.report.progress
             sensitivity = measure(run.model, run.blocks, plan, batches, recipe, run.share, progress, run.parts)
         layers = allocate(plan.layers, plan.shapes, sensitivity, recipe)
@@ -159,7 +159,7 @@ def _prepare(run: Run) -> tuple[Plan, Weights | None]:
     missing = [name for name in coupled(plan.shapes) if name not in run.parts] if recipe.curvature else []
     if missing:
         run.report.stage("curvature of the end loss")
-        batches = run.id_batches()[: max(1, CURVATURE_TOKENS // BATCH_TOKENS)]
+        batches = run.first_batches(CURVATURE_TOKENS)
         run.curvatures |= curvatures(run.model, run.blocks, missing, batches, recipe.seed)
     return plan, weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,12 @@ class Report:
     def write(self, out: Path, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes what is known of every layer and of trainings to ``vptq_report.jsonl``, a line each."""
         write_text(out / REPORT, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def seconds_by_step(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The seconds that each step of coding took in all layers, of a report's records; those of trainings have none."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for record in records:
+        for step, spent in record.get("step_seconds", {}).items():
+            seconds[step] += spent
+    return dict(seconds)

@@ -55,6 +55,10 @@ class Run:
         """The calibration sequences in batches of about so many tokens."""
         return self._batches(self.ids, tokens)
 
+    def first_batches(self, tokens: int) -> list[Tensor]:
+        """The first of :meth:`id_batches`, of about so many tokens in all."""
+        return self.id_batches()[: max(1, tokens // BATCH_TOKENS)]
+
     def trained_batches(self) -> list[Tensor]:
         """The sequences that training end to end takes, a batch for a step."""
         return self._batches(self.trained_ids, self.recipe.finetune.tokens)

@@ -175,25 +175,28 @@ def test_the_moments_are_those_of_the_text(tied: Path, text_file: Path, tmp_path
         torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of every second moment that a run takes the mean of."""
+    found: list[int] = []
+    mean = SecondMoment.mean
+    monkeypatch.setattr(SecondMoment, "mean", lambda self, *total: found.append(self.tokens) or mean(self, *total))
+    return found
+
+
 @pytest.mark.parametrize(("tokens", "context"), [(1024, 64), (3000, 64), (1100, 700)])
 def test_every_calibration_token_is_used(
-    tied: Path, text_file: Path, tmp_path: Path, tokens: int, context: int
+    tied: Path, text_file: Path, tmp_path: Path, counted: list[int], tokens: int, context: int
 ) -> None:
-    counted = []
     update = {"tokens": tokens, "context": context, "calibration": (str(text_file),)}
-    with pytest.MonkeyPatch.context() as patch:
-        mean = SecondMoment.mean
-        patch.setattr(SecondMoment, "mean", lambda self, *total: counted.append(self.tokens) or mean(self, *total))
-        run(tied, tmp_path / "out", COARSE.model_copy(update=update))
+    run(tied, tmp_path / "out", COARSE.model_copy(update=update))
     assert min(counted) >= tokens
 
 
 def test_training_reads_on_after_what_moments_are_taken_of(
-    tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied: Path, text_file: Path, tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted, batches = [], []
-    mean, tune = SecondMoment.mean, training.tune_model
-    monkeypatch.setattr(SecondMoment, "mean", lambda self, *total: counted.append(self.tokens) or mean(self, *total))
+    batches, tune = [], training.tune_model
     monkeypatch.setattr(training, "tune_model", lambda *all: batches.extend(all[2]) or tune(*all))
     update = {"calibration": (str(text_file),), "finetune": Finetuning(steps=3, tokens=1024)}
     run(tied, tmp_path / "out", COARSE.model_copy(update=update))

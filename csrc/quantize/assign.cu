@@ -517,8 +517,8 @@ void launch_block(float* block, int columns, int64_t rows, const float* matrix, 
     // A warp costs as much as it saves where its lanes have fewer centroids than candidates.
     const int most = std::max(books.k, books.r);
     while (warps > 1 && (rows * warps > kBusy * processors || 32 * warps * books.candidates > most)) warps /= 2;
-    const auto launch = [&](auto most) {
-      code_rows<V, decltype(most)::value><<<unsigned(rows), 32 * warps, 0, stream>>>(
+    const auto launch = [&](auto slots) {
+      code_rows<V, decltype(slots)::value><<<unsigned(rows), 32 * warps, 0, stream>>>(
           block, columns, rows, matrix, matrix_stride, books.main, books.k, books.residual, books.r, books.candidates,
           How == Use::kSweep, index, residual_index, result);
     };
