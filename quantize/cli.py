@@ -55,7 +55,9 @@ _Context = Annotated[int | None, typer.Option(help="Tokens in a calibration sequ
 _Steps = Annotated[int | None, typer.Option(help="Training end to end, 0 for none [what the recipe says].")]
 _Curvature = Annotated[
     bool | None,
-    typer.Option("--curvature/--no-curvature", help="Couple output rows by the end loss's curvature: slower [no]."),
+    typer.Option(
+        "--curvature/--no-curvature", help="Couple output rows by the end loss's curvature: slower; best does [no]."
+    ),
 ]
 _Seed = Annotated[int | None, typer.Option(help="Same seed, same files [0].")]
 _Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")]

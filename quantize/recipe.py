@@ -282,7 +282,7 @@ _PAPER = {"perm": True, "algorithm": "vptq", "activations": "original", "candida
 PRESETS: dict[str, dict[str, Any]] = {
     # Second moments of the quantized prefix, targets that make up for its drift, joint books, one refinement.
     "fast": {"rounds": 1, "correction": 0.5, "allocation": "uniform"},
-    # More of each, bits by measured sensitivity, and a short training end to end.
+    # More of each, bits by measured sensitivity, and a short training end to end; for the best, rows coupled, too.
     "balanced": {
         "rounds": 3,
         "correction": 0.5,
@@ -298,6 +298,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "candidates": 8,
         "tokens": 131072,
         "tokens_per_input": 128,
+        "curvature": True,
         "finetune": {"steps": 500},
     },
     # VPTQ as released: no fine-tuning. Its norm forgets to scale the Hessian; this one does not.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantize import native
+
 _PIECE = 64
 """Rows that one thread of a GPU adds up."""
 
@@ -13,7 +15,7 @@ class IndexedSums:
     """Sums over the rows of every value of an index, int32 or int64 ``[n]``, with values below ``count``.
 
     On a CPU rows are added one after another. A GPU's ``index_add_`` would add them atomically, in any order: there
-    they are sorted once, and added up in pieces, then pieces.
+    they are sorted once, and added up in pieces, then pieces likewise, until there is one sum for every value.
     """
 
     def __init__(self, index: Tensor, count: int) -> None:
@@ -29,10 +31,15 @@ class IndexedSums:
         every = torch.arange(self._count, device=index.device)
         starts = torch.searchsorted(in_order.int(), every.int())
         sizes = torch.cat([starts, starts.new_full((1,), len(index))]).diff()
-        self._pieces = -(-sizes // _PIECE)
-        owner = torch.repeat_interleave(every, self._pieces)
-        rank = torch.arange(len(owner), device=owner.device) - (self._pieces.cumsum(0) - self._pieces)[owner]
-        self._lengths = (sizes[owner] - rank * _PIECE).clamp_max(_PIECE)
+        self._bounds: list[Tensor] = []
+        """Of what each sum of a pass is taken, int32 ``[sums + 1]``."""
+        while int(sizes.max()) > _PIECE:
+            pieces = -(-sizes // _PIECE)
+            owner = torch.repeat_interleave(every, pieces)
+            rank = torch.arange(len(owner), device=owner.device) - (pieces.cumsum(0) - pieces)[owner]
+            self._bounds.append(_ends((sizes[owner] - rank * _PIECE).clamp_max(_PIECE)))
+            sizes = pieces
+        self._bounds.append(_ends(sizes))
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Sums ``[count, w]`` of float32 rows ``[n, w]``."""
@@ -41,7 +48,17 @@ class IndexedSums:
         return self._by_pieces(rows)
 
     def _by_pieces(self, rows: Tensor) -> Tensor:
-        parts = torch.segment_reduce(
-            rows.index_select(0, self._order), "sum", lengths=self._lengths, axis=0, unsafe=True
-        )
-        return torch.segment_reduce(parts, "sum", lengths=self._pieces, axis=0, unsafe=True)
+        if native.decodes(rows.device):
+            rows = native.sum_pieces(rows, self._order, self._bounds[0])
+            for bounds in self._bounds[1:]:
+                rows = native.sum_pieces(rows, None, bounds)
+            return rows
+        rows = rows.index_select(0, self._order)
+        for bounds in self._bounds:
+            rows = torch.segment_reduce(rows, "sum", lengths=bounds.diff().long(), axis=0, unsafe=True)
+        return rows
+
+
+def _ends(lengths: Tensor) -> Tensor:
+    """Where pieces that follow one another begin, and the last one's end: int32."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()

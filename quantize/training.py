@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.coded import CodedLinear
-from quantize.devices import free_memory, peak_memory, repeatable_gradients, resident, start_peak
+from quantize.devices import peak_memory, repeatable_gradients, resident, start_peak
 from quantize.finetune import Training, replace_linears, trainable, tune_block, tune_model
 from quantize.model import Batch, Block
 from quantize.plan import Plan
@@ -22,8 +22,6 @@ _CHECKPOINT_SECONDS = 120.0
 _RATE_BITS = 2.25
 RATE, BLOCK_RATE = 2e-3, 5e-3
 """Of the first step end to end and of a block's, at so many index bits a weight."""
-_KEPT_BYTES = 8
-"""Of a decoded weight, in float32 and as the product takes it, where it is kept for the backward pass."""
 
 
 def first_rate(asked: float | None, rate: float, specs: Sequence[LayerSpec]) -> float:
@@ -86,15 +84,13 @@ def put_tuned(run: Run, plan: Plan, block: Block) -> None:
 def _coded_linears(run: Run, plan: Plan, names: list[str]) -> dict[str, CodedLinear]:
     """Coded linears to be trained, with biases of their own in float32, as their block's training left them."""
     coded = {}
-    kept = _KEPT_BYTES * sum(math.prod(plan.specs[name].shape) for name in names)
-    recompute = run.device.type == "cuda" and kept > free_memory(run.device) // 4
     for name in names:
         tensors = {key: tensor.to(run.device) for key, tensor in run.tensors(name).items()}
         bias = run.model.get_submodule(name).bias
         if bias is not None:
             bias = run.trained(name).get(f"{name}.bias", bias.detach())
             bias = nn.Parameter(bias.to(run.device, torch.float32, copy=True))
-        coded[name] = CodedLinear(tensors, plan.specs[name], bias, recompute)
+        coded[name] = CodedLinear(tensors, plan.specs[name], bias)
     return coded
 
 

@@ -97,6 +97,16 @@ template <typename T>
 T min(T a, T b) {
   return b < a ? b : a;
 }
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+template <typename T>
+T __ldg(const T* at) {
+  return *at;
+}
 inline void atomicMin(unsigned long long* at, unsigned long long value) { *at = min(*at, value); }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;

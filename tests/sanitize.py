@@ -2,8 +2,8 @@
 
 ``scripts/sanitize.sh`` starts it, under memcheck and under racecheck. ``--list`` prints each family, the names of its
 kernels and what it runs; ``--build`` compiles the kernels, so that no run under the sanitizer waits for nvcc. Results
-are compared on the way: with float64, and the search's with torch's. Exit code 2 without a GPU, 4 where the GPU has no
-such kernels.
+are compared on the way: with float64, and the quantizer's with torch's. Exit code 2 without a GPU, 4 where the GPU has
+no such kernels.
 
 Nothing here calls cuBLAS's product in 16 bits: under racecheck that kernel ends in an illegal access of its own,
 watched or not (an H200, CUDA 13.0). So weights are decoded without the product that follows in a model.
@@ -19,8 +19,10 @@ from unittest.mock import patch
 import torch
 
 from quantize import native
+from quantize.coded import CodedLinear
 from quantize.columns import code_block_torch, sweep_block_torch
 from quantize.kmeans import Books, assign_torch
+from tests.random_coded import LAYERS, random_layer
 from tests.test_gpu import DEVICE, EXTRAS, Layer, poison, rms
 from vllm_vptq import gpu
 from vllm_vptq.build import cuda_extension
@@ -35,6 +37,9 @@ WEIGHT = 0
 """As a count of tokens: the layer's weight is decoded, and nothing multiplied."""
 BOOKS = [(8, 4096, 0), (4, 256, 16), (6, 4096, 256), (8, 16384, 0), (4, 16384, 16)]
 """Vector length, main and residual book of the quantizer's search: a thread block looks through the first three."""
+
+CODED = ("v2", "v7", "v8", "v16", "two books", "no norm", "groups", "outliers")
+"""Of ``tests/random_coded.py``."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Family:
-    """Kernels to watch, by parts of their names, and what launches them: layers, or the quantizer's search.
+    """Kernels to watch, by parts of their names, and what launches them: layers, or the quantizer.
 
     ``needs``: a layout that the GPU must have. ``small``: as on a card without warp groups.
     """
@@ -75,7 +80,7 @@ class Family:
         return Gpu(Gpu.of(DEVICE).processors, False, SMALL_SHARED_BYTES) if self.small else None
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.cases)) or f"books {BOOKS}"
+        return "; ".join(map(str, self.cases)) or f"books {BOOKS}, coded layers {CODED}"
 
 
 COUNTS = (5, 13, 29, 60, 100)
@@ -139,6 +144,7 @@ FAMILIES = {
         tuple(Case(name, (1,)) for name in ("v2-k256-0", "v6-k4096-0", "v8-k256-256", *LISTS)),
     ),
     "assign": Family(("search", "leave", "choose", "spread", "code_rows"), needs="compact"),
+    "coded": Family(("decode", "pull", "sum_pieces"), needs="compact"),
 }
 
 
@@ -194,6 +200,21 @@ def search(device: torch.device = DEVICE) -> None:
             assert apart.float().mean() < 0.1, f"{ours.__name__}: {int(apart.sum())} of 70 rows are not torch's"
 
 
+def train(device: torch.device = DEVICE) -> None:
+    """Weights of the quantizer's coded layers, and gradients of all they are made of, against torch on a CPU."""
+    for name in CODED:
+        print(name, flush=True)
+        tensors, spec = random_layer(LAYERS[name], 157, 136)
+        linear = CodedLinear({key: tensor.to(device) for key, tensor in tensors.items()}, spec, None)
+        exact = CodedLinear(tensors, spec, None)
+        weight, pulled = exact.weight(), random(157, 136)
+        weight.backward(pulled)
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.testing.assert_close(linear.decoded(dtype).cpu(), weight.to(dtype), rtol=1e-2, atol=1e-5)
+        for found, parameter in zip(linear.gradients(pulled.to(device)), exact.trained().values(), strict=True):
+            torch.testing.assert_close(found.cpu(), parameter.grad, rtol=1e-4, atol=1e-3)
+
+
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -208,15 +229,18 @@ def main(words: Sequence[str]) -> int:
         print("error: no GPU that torch can use; vllm-vptq doctor says why", file=sys.stderr)
         return NO_GPU
     cuda_extension()
-    if not native.available(DEVICE):
-        print("error: the quantizer's CUDA library could not be built; vllm-vptq doctor says why", file=sys.stderr)
+    if not (native.available(DEVICE) and native.decodes(DEVICE)):
+        print("error: the quantizer's CUDA libraries could not be built; vllm-vptq doctor says why", file=sys.stderr)
         return 1
     for name in words if list(words) != ["--build"] else ():
         family = FAMILIES[name]
         if family.needs not in ("compact", *choice.available(DEVICE)):
             print(f"this GPU has no {family.needs} layout")
             return NO_KERNELS
-        multiply(family) if family.cases else search()
+        if family.cases:
+            multiply(family)
+        else:
+            {"assign": search, "coded": train}[name]()
     return 0
 
 

@@ -14,7 +14,6 @@ from quantize.coded import CodedLinear
 from quantize.finetune import Training, replace_linears, trainable, tune_model
 from quantize.recipe import LayerRecipe, Recipe
 from quantize.solver import Solution, solve
-from quantize.sums import IndexedSums
 from quantize.training import first_rate
 from vllm_vptq.format import LayerSpec, dequantize
 
@@ -58,47 +57,6 @@ def test_every_parameter_of_a_coded_linear_can_be_trained(layer: LayerRecipe) ->
         training.update()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
-
-
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_decoding_again_gives_the_same_gradients_and_keeps_no_weight(layer: LayerRecipe) -> None:
-    _, solution = coded(layer)
-    kept: list[int] = []
-    found = []
-    for recompute in (False, True):
-        module = CodedLinear(solution.tensors, solution.spec, nn.Parameter(torch.ones(21)), recompute)
-        x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
-            product = module(x)
-        product.square().sum().backward()
-        kept.append(max(sizes))
-        found.append([x.grad, *(p.grad for p in module.parameters())])
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
-    assert kept[1] < 21 * 40 <= kept[0]
-
-
-class Sorted(IndexedSums):
-    def __init__(self, index: torch.Tensor, count: int) -> None:
-        super().__init__(index, count)
-        self._sort()
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._by_pieces(rows)
-
-
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_a_gpus_way_of_adding_gradients_up_gives_the_same(layer: LayerRecipe) -> None:
-    _, solution = coded(layer)
-    found = []
-    for sorted_once in (False, True):
-        module = CodedLinear(solution.tensors, solution.spec, None)
-        for indices in [i for pair in module._indices for i in pair if sorted_once and i is not None]:
-            indices._sums = Sorted(indices._index.flatten(), indices._count)
-        (module.weight() * torch.randn(21, 40, generator=torch.Generator().manual_seed(1))).sum().backward()
-        found.append([p.grad for p in module.parameters()])
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two)
 
 
 def student_and_teacher() -> tuple[nn.Module, nn.Module, list[torch.Tensor]]:

@@ -20,6 +20,7 @@ from quantize.refine import fit_books, fit_norm
 from quantize.slab import Coupling, Slab
 from quantize.solver import Solution, solve
 from quantize.sums import IndexedSums
+from tests.random_coded import LAYERS, random_layer, trained_once
 from tests.tiny import COARSE, TEXT, read, run
 
 pytest_plugins = ("tests.tiny_fixtures",)
@@ -89,6 +90,24 @@ def test_sums(crowded: bool) -> None:
     found = IndexedSums(index.to(GPU), 700)(rows.to(GPU))
     assert torch.equal(found, IndexedSums(index.to(GPU), 700)(rows.to(GPU)))
     torch.testing.assert_close(found.cpu(), IndexedSums(index, 700)(rows), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(157, 136), (1000, 640)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_coded_layers(name: str, dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, spec = random_layer(LAYERS[name], *shape)
+    tensors = {key: tensor.to(GPU) for key, tensor in tensors.items()}
+    assert native.decodes(GPU)
+    found, ours = trained_once(tensors, spec, dtype)
+    again, repeated = trained_once(tensors, spec, dtype)
+    assert torch.equal(found, again) and all(torch.equal(ours[key], repeated[key]) for key in ours)
+    monkeypatch.setattr(native, "decodes", lambda device: False)
+    expected, theirs = trained_once(tensors, spec, dtype)
+    # The weight's gradient is rounded to the product's type by both.
+    close = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    for one, two in [(found, expected), *((ours[key], theirs[key]) for key in theirs)]:
+        torch.testing.assert_close(one / two.abs().max(), two / two.abs().max(), **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -261,7 +280,12 @@ def test_models_that_do_not_fit_are_evaluated_block_by_block(tied: Path, monkeyp
     assert found[1].divergence == pytest.approx(found[0].divergence, rel=0.1)
 
 
-def test_training_brings_the_model_closer(tied: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch alone"])
+def test_training_brings_the_model_closer(
+    compiled: bool, tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "decodes", lambda device: False)
     original, tokenizer = load_any(str(tied), GPU)
     divergences = []
     for steps in (0, 60):
