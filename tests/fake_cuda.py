@@ -83,7 +83,7 @@ def write_sources(folder: Path) -> None:
     """As little as counts as the source of an extension."""
     for part in ("cuda", "quantize"):
         (folder / part).mkdir(parents=True)
-    kernels = ("cuda/kernel.cu", "cuda/device.cuh", "cuda/kernel.h", "quantize/assign.cu")
+    kernels = ("cuda/kernel.cu", "cuda/device.cuh", "cuda/kernel.h", "quantize/assign.cu", "quantize/coded.cu")
     for name in ("bindings.cpp", "shared.h", *kernels):
         (folder / name).write_text(f"// {name}\n")
 

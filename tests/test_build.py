@@ -320,11 +320,15 @@ def test_installing_goes_on_without_the_plain_library(
     toolkit = find_toolkit()
     build_optional(toolkit, machine.source, machine.package, ("9.0a",))
     assert plain_cuda.locate("assign").ahead_of_time and not capsys.readouterr().err
-    script(toolkit.nvcc, "#!/bin/sh\necho 'assign.cu(3): error: too much'\nexit 1\n")
+    script(toolkit.nvcc, "#!/bin/sh\necho 'it(3): error: too much'\nexit 1\n")
     build_optional(toolkit, machine.source, machine.folder, ("9.0a",))
-    said = f"CUDA library assign will be built at first use ({toolkit.nvcc} could not build assign.cu: assign.cu(3): "
-    assert capsys.readouterr().err == f"vllm-vptq: {said}error: too much)\n"
-    assert not list(machine.folder.glob("assign-cuda*"))
+    lines = [
+        f"vllm-vptq: CUDA library {name} will be built at first use ({toolkit.nvcc} could not build {name}.cu: it(3): "
+        "error: too much)\n"
+        for name in ("assign", "coded")
+    ]
+    assert capsys.readouterr().err == "".join(lines)
+    assert not list(machine.folder.glob("*-cuda*"))
 
 
 # Small tables.

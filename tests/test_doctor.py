@@ -78,7 +78,7 @@ def test_build_makes_what_is_missing(machine: FakeMachine) -> None:
     result = call("--build")
     assert result.exit_code == 0
     libraries = [f"CPU library {name}" for name in native.cpu_library_names()]
-    for name in (*libraries, "CUDA kernels", "CUDA library assign"):
+    for name in (*libraries, "CUDA kernels", "CUDA library assign", "CUDA library coded"):
         assert f"built {name} in" in result.stderr
     _, named, _ = facts()
     assert named["CUDA library assign"]["value"].startswith(f"built for 9.0a: {machine.folder / 'cache'}")
