@@ -85,11 +85,17 @@ def test_the_table_of_corrections():
     [
         ("What this brought", lambda row: row["file"].endswith("-anew.json"), 12),
         ("With more tokens, one run each", lambda row: row["file"].endswith("-tokens.json") and not _coupled(row), 8),
-        ("Rows of `balanced` and `best` without the option", _coupled, 10),
+        ("Rows of `balanced` and `best` without rows coupled", _coupled, 10),
+        ("With the present targets, training and tokens, `best`", _coupled, 6),
         ("What the stream is worth to `fast`", lambda row: "-30-" in row["file"], 4),
-        ("Before and now, with more calibration tokens", lambda row: "-30-" in row["file"], 10),
+        (
+            "Before and now, with more calibration tokens",
+            lambda row: "-30-" in row["file"] and not _coupled(row),
+            10,
+        ),
+        ("stories15m has `balanced` with 32,768 tokens", lambda row: row["file"].endswith("-anew.json"), 2),
     ],
-    ids=["allocation", "tokens", "coupled rows", "stream", "more tokens"],
+    ids=["allocation", "tokens", "coupled rows of before", "coupled rows", "stream", "more tokens", "tokens of now"],
 )
 def test_tables_of_before_and_now(words, now, count):
     """Excess and KL before and now, of rows of the same text, are in the files that the paragraph links."""
