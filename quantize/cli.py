@@ -56,7 +56,7 @@ _Steps = Annotated[int | None, typer.Option(help="Training end to end, 0 for non
 _Curvature = Annotated[
     bool | None,
     typer.Option(
-        "--curvature/--no-curvature", help="Couple output rows by the end loss's curvature: slower; best does [no]."
+        "--curvature/--no-curvature", help="Couple output rows by the end loss's curvature: slower; best does it [no]."
     ),
 ]
 _Seed = Annotated[int | None, typer.Option(help="Same seed, same files [0].")]

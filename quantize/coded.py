@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from quantize import native
@@ -18,8 +19,8 @@ from vllm_vptq.format import LayerSpec, column_blocks
 class _Segment:
     """Columns with books of their own, which are rows of parameters: ``group`` of ``main`` and of ``residual``.
 
-    Indices are int32 ``[R, C]``; ``where`` holds the columns' numbers in the weight, int32 ``[C]``. ``sums`` are of the
-    rows of each book's entries, where compiled code takes them.
+    Vectors have ``v`` weights. Indices are int32 ``[R, C]``; ``where`` holds the columns' numbers in the weight, int32
+    ``[C]``. ``sums`` are of the rows of each book's entries, where compiled code takes them.
     """
 
     main: str
@@ -33,7 +34,7 @@ class _Segment:
 
 
 class CodedLinear(nn.Module):
-    """``y = x W^T + b`` with W decoded from float32 parameters on every call.
+    """``y = x W^T + b`` with W decoded from float32 parameters on every call, rounded to the dtype of x.
 
     Parameters carry the names of the format (``centroids``, ``res_centroids``, ``outlier_centroids``, ``weight_scale``,
     ``weight_bias``) and its shapes; :meth:`tensors` gives them back in the dtype of the books on disk. On a GPU W is
@@ -52,8 +53,8 @@ class CodedLinear(nn.Module):
         self._segments = []
         first = 1 if spec.outlier_size else 0
         for i, block in enumerate(column_blocks(tensors, spec)):
-            index, second = (None if found is None else found.int() for found in block.read(0, block.vector_rows))
-            assert index is not None
+            main, residual = block.read(0, block.vector_rows)
+            index, second = main.int(), None if residual is None else residual.int()
             names = ("outlier_centroids", None) if i < first else ("centroids", "res_centroids")
             pairs = [(index, block.book)] + ([] if second is None else [(second, block.res_book)])
             sums = tuple(IndexedSums(one.flatten(), len(book)) for one, book in pairs) if self._compiled else ()
@@ -92,7 +93,7 @@ class CodedLinear(nn.Module):
             parts.append(part.transpose(1, 2).flatten(0, 1)[: self.spec.shape[0]])
         weight = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if self._inverse is not None:
-            weight = weight[:, self._inverse]
+            weight = weight.index_select(1, self._inverse)
         return weight * self.weight_scale + self.weight_bias if self.spec.enable_norm else weight
 
     def _columns(self, segment: _Segment) -> native.Columns:
@@ -107,12 +108,12 @@ class CodedLinear(nn.Module):
             native.decode(self._columns(segment), weight)
         return weight
 
-    def gradients(self, weight: Tensor) -> list[Tensor]:
+    def gradients(self, pulled: Tensor) -> list[Tensor]:
         """The parameters' gradients, in the order of :meth:`trained`, from that of the weight."""
         rows: dict[str, list[Tensor]] = {}
         norms = []
         for segment in self._segments:
-            vectors, norm = native.pull(self._columns(segment), weight)
+            vectors, norm = native.pull(self._columns(segment), pulled)
             for name, sums in zip((segment.main, segment.residual), segment.sums, strict=False):
                 rows.setdefault(str(name), []).append(sums(vectors).flatten())
             norms.append(norm)
@@ -131,7 +132,7 @@ class CodedLinear(nn.Module):
         """``[..., in_features]`` to ``[..., out_features]``."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self._compiled:
+        if self._compiled and x.dtype in (torch.float32, torch.bfloat16):
             product = _Product.apply(x, self, *self.trained().values())
         elif x.is_cuda and torch.is_grad_enabled():
             product = checkpoint(self._product, x, use_reentrant=False, preserve_rng_state=False)
@@ -154,14 +155,15 @@ class _Product(torch.autograd.Function):
     """``x W^T`` of a coded linear by compiled code, given all that :meth:`CodedLinear.trained` has."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: CodedLinear, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, linear: CodedLinear, *parameters: Tensor) -> Tensor:
         ctx.linear = linear
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, *parameters)  # which notices if they change before they are read again
         return nn.functional.linear(x, linear.decoded(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, *_ = ctx.saved_tensors
         given = gradient @ ctx.linear.decoded(x.dtype) if ctx.needs_input_grad[0] else None
-        weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
-        return given, None, *ctx.linear.gradients(weight)
+        pulled = gradient.reshape(-1, gradient.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return given, None, *ctx.linear.gradients(pulled)

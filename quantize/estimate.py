@@ -102,8 +102,9 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
     resident = weights if device.type == "cpu" else weights / len(decoder_blocks(model))
     memory = resident + 4 * (5 * plan.widest**2 + 6 * largest)
     if recipe.finetune.steps:
-        # What is decoded is kept for the backward pass on a CPU; on a GPU where there is room, which this is not.
-        memory += 2 * weights - resident + (12 if device.type == "cpu" else 2) * plan.weights
+        # What is decoded is kept for the backward pass on a CPU; on a GPU indices are, and their order.
+        kept = 12.0 * plan.weights if device.type == "cpu" else sum(map(_index_bytes, plan.specs.values()))
+        memory += 2 * weights - resident + kept
     if recipe.curvature:
         memory += _curvature_bytes(plan)
     return f"about {_duration(seconds)} and {memory / _GIB:.1f} GiB on this machine ({device.type})"
@@ -112,6 +113,11 @@ def estimate(model: nn.Module, plan: Plan, recipe: Recipe) -> str:
 def _curvature_bytes(plan: Plan) -> int:
     """Of what couples output rows, float32 matrices of every layer at once."""
     return 4 * sum(plan.shapes[name][0] ** 2 for name in coupled(plan.shapes))
+
+
+def _index_bytes(spec: LayerSpec) -> float:
+    """Of indices and their order, each int32, for every book."""
+    return 8 * (2 if spec.num_res_centroids else 1) * math.prod(spec.shape) / spec.vector_len
 
 
 def _duration(seconds: float) -> str:

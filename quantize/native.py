@@ -1,8 +1,8 @@
 """Compiled code for what every vector of every layer goes through.
 
 The search for centroids: on CPUs ``csrc/cpu/assign.cpp``, on GPUs ``csrc/quantize/assign.cu``. Weights of coded layers
-and their gradients in training, on GPUs: ``csrc/quantize/coded.cu``. The GPU's needs nvcc when it is first used. Where
-there is none, torch does the same, several times slower.
+and their gradients in training, and sums by index there and in k-means, on GPUs: ``csrc/quantize/coded.cu``. The GPU's
+needs nvcc when it is first used. Where there is none, torch does the same, several times slower.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class Columns:
         """As the functions take them, with the shape and the type of the weight or of its gradient."""
         assert weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
         books = (self.book, self.residual, self.where, self.scale, self.shift)
+        for tensor in filter(None.__ne__, (self.index, self.residual_index, *books)):
+            assert tensor.dtype in (torch.float32, torch.int32) and tensor.is_contiguous()
         shape = (int(weight.dtype == torch.bfloat16), *weight.shape)
         return self.book.shape[1], self.index, self.residual_index, *self.index.shape, *books, *shape
 
@@ -119,6 +121,7 @@ def sum_pieces(rows: Tensor, order: Tensor | None, bounds: Tensor) -> Tensor:
 
     Rows are taken in ``order``, int32, if there is one.
     """
+    assert rows.dtype == torch.float32
     sums = rows.new_empty(len(bounds) - 1, rows.shape[1])
     _call("vptq_sum_pieces", rows.contiguous(), rows.shape[1], order, bounds, len(sums), sums, *_place(rows))
     return sums
@@ -182,5 +185,6 @@ def _cuda(name: str) -> ctypes.CDLL | None:
     try:
         return cuda_library(name)
     except BuildError as error:
-        logger.warning("quantizing with torch alone, several times slower: %s", error)
+        what = "searching for centroids" if name == "assign" else "sums by index and training"
+        logger.warning("%s with torch alone, several times slower: %s", what, error)
         return None

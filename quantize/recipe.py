@@ -217,7 +217,7 @@ class Recipe(LayerRecipe):
     @model_validator(mode="after")
     def _one_view_of_rows(self) -> Recipe:
         if self.curvature and (self.guided or self.algorithm != "joint"):
-            raise ValueError("curvature goes with algorithm joint and without guided")
+            raise ValueError("curvature goes with algorithm joint and without guided; leave it out: curvature: false")
         return self
 
     def layer(self, name: str) -> LayerRecipe | None:

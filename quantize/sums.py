@@ -33,12 +33,13 @@ class IndexedSums:
         sizes = torch.cat([starts, starts.new_full((1,), len(index))]).diff()
         self._bounds: list[Tensor] = []
         """Of what each sum of a pass is taken, int32 ``[sums + 1]``."""
-        while int(sizes.max()) > _PIECE:
+        most = int(sizes.max())
+        while most > _PIECE:
             pieces = -(-sizes // _PIECE)
             owner = torch.repeat_interleave(every, pieces)
             rank = torch.arange(len(owner), device=owner.device) - (pieces.cumsum(0) - pieces)[owner]
             self._bounds.append(_ends((sizes[owner] - rank * _PIECE).clamp_max(_PIECE)))
-            sizes = pieces
+            sizes, most = pieces, -(-most // _PIECE)
         self._bounds.append(_ends(sizes))
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ LAYERS = {
     **{f"v{v}": LayerRecipe(vector_length=v, centroids=32, residual_centroids=0) for v in range(2, 17)},
     "two books": LayerRecipe(vector_length=4, centroids=16, residual_centroids=8),
     "no norm": LayerRecipe(vector_length=8, centroids=256, residual_centroids=4, norm=False),
-    "one entry": LayerRecipe(vector_length=6, centroids=64, residual_centroids=1 << 1),
+    "two entries": LayerRecipe(vector_length=6, centroids=64, residual_centroids=2),
     "groups": LayerRecipe(vector_length=3, centroids=16, residual_centroids=8, groups=4, perm=True),
     "outliers": LayerRecipe(
         vector_length=6, centroids=16, residual_centroids=8, outliers=8, outlier_vector_length=5, outlier_centroids=16

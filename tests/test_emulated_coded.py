@@ -8,13 +8,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from quantize import native
+from quantize import coded, native
 from quantize.coded import CodedLinear
 from quantize.sums import IndexedSums
 from tests.emulated_cuda import emulated
 from tests.random_coded import LAYERS, random_layer, trained_once
 
 NAMES = ("vptq_decode", "vptq_pull", "vptq_sum_pieces")
+
+
+class Sorted(IndexedSums):
+    """As on a GPU."""
+
+    def __init__(self, index: torch.Tensor, count: int) -> None:
+        super().__init__(index, count)
+        self._sort()
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._by_pieces(rows)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +39,7 @@ def compiled(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "decodes", lambda device: True)
     monkeypatch.setattr(native, "_place", lambda like: (0, None))
     monkeypatch.setattr(native, "cpu_library", lambda name: SimpleNamespace(**{n: getattr(library, n) for n in NAMES}))
-    monkeypatch.setattr(IndexedSums, "__call__", lambda sums, rows: sums._sort() or sums._by_pieces(rows))
+    monkeypatch.setattr(coded, "IndexedSums", Sorted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -69,12 +80,46 @@ def test_weights(name: str) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(("n", "count"), [(1, 1), (63, 1), (65, 1), (5000, 1), (5000, 3), (700, 900)])
-def test_sums(n: int, count: int) -> None:
+@pytest.mark.parametrize(("n", "count"), [(0, 4), (1, 1), (63, 1), (65, 1), (5000, 1), (5000, 3), (700, 900)])
+@pytest.mark.parametrize("width", [3, 17])
+def test_sums(n: int, count: int, width: int) -> None:
     generator = torch.Generator().manual_seed(n)
-    index, rows = torch.randint(count, (n,), generator=generator).int(), torch.randn(n, 3, generator=generator)
-    expected = torch.zeros(count, 3, dtype=torch.float64).index_add_(0, index, rows.double()).float()
-    torch.testing.assert_close(IndexedSums(index, count)(rows), expected, rtol=1e-4, atol=1e-4)
+    index, rows = torch.randint(count, (n,), generator=generator).int(), torch.randn(n, width, generator=generator)
+    expected = torch.zeros(count, width, dtype=torch.float64).index_add_(0, index, rows.double()).float()
+    torch.testing.assert_close(Sorted(index, count)(rows), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_products_of_any_tokens() -> None:
+    """One token without a dimension, tokens that are not contiguous, gradients that are one number for all."""
+    tensors, spec = random_layer(LAYERS["two books"], 21, 40)
+    found = []
+    for own in (True, False):
+        linear = CodedLinear(tensors, spec, None)
+        linear._compiled = own
+        x = torch.randn(40, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (linear(x.T).sum() + linear(x[:, 0]).sum()).backward()
+        found.append([x.grad, *(parameter.grad for parameter in linear.parameters())])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
+    half = CodedLinear(tensors, spec, None)(torch.ones(2, 40, dtype=torch.half))
+    assert half.dtype == torch.half, "of other types by torch"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_no_weight_is_kept_and_parameters_must_not_change_meanwhile() -> None:
+    tensors, spec = random_layer(LAYERS["two books"], 21, 400)
+    linear = CodedLinear(tensors, spec, None)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        product = linear(torch.ones(2, 400))
+    assert 0 < max(kept) < 21 * 400
+    product.sum().backward()
+    product = linear(torch.ones(2, 400))
+    with torch.no_grad():
+        linear.centroids.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 def test_a_length_that_the_format_does_not_have(library: ctypes.CDLL) -> None:

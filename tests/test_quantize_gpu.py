@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,8 +84,11 @@ def test_blocks_of_columns(v: int, k: int, r: int, candidates: int) -> None:
         assert (one[0] == two[0]).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch alone"])
 @pytest.mark.parametrize("crowded", [False, True])
-def test_sums(crowded: bool) -> None:
+def test_sums(crowded: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "decodes", lambda device: False)
     index = torch.randint(3 if crowded else 700, (50000,), generator=torch.Generator().manual_seed(0))
     rows = random(50000, 8)
     found = IndexedSums(index.to(GPU), 700)(rows.to(GPU))
@@ -228,6 +232,13 @@ def test_runs_repeat_themselves(
         run(request.getfixturevalue(model), tmp_path / name, recipe(text_file, **update))
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_training_repeats_itself_by_torch_alone(
+    tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "decodes", lambda device: False)
+    test_runs_repeat_themselves(text_file, tmp_path, "tied", TRAINING, SimpleNamespace(getfixturevalue=lambda _: tied))
 
 
 @pytest.mark.parametrize("update", [{}, {"correction": 0.5} | TRAINING], ids=str)
