@@ -32,7 +32,8 @@ def emulated(name: str, folder: Path, **constants: int) -> ctypes.CDLL:
     assert launches and "<<<" not in rewritten
     file, library = folder / f"{name}.cpp", folder / f"{name}.so"
     file.write_text(rewritten)
-    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", f"-I{Path(__file__).parent}"]
+    folders = [f"-I{Path(__file__).parent}", f"-I{sources() / 'quantize'}"]
+    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", *folders]
     done = subprocess.run([cpu.compiler(), *flags, file, "-o", library], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:2000]
     return ctypes.CDLL(str(library))

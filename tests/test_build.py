@@ -268,8 +268,10 @@ def test_plain_library_is_built_once_and_depends_on_its_source(machine: FakeMach
     assert library.architectures == ("9.0a",) and not library.built
     assert at_once(3, lambda: plain_cuda.build(library, "assign")) == ["done"] * 3
     assert plain_cuda.locate("assign") == library and library.built
-    (machine.source / "quantize" / "assign.cu").write_text("changed")
-    assert not plain_cuda.locate("assign").built
+    for name in ("assign.cu", "shared.cuh"):
+        plain_cuda.build(plain_cuda.locate("assign"), "assign")
+        (machine.source / "quantize" / name).write_text("changed")
+        assert not plain_cuda.locate("assign").built, name
     machine.gpus((8, 0), (9, 0))
     assert plain_cuda.locate("assign").architectures == ("8.0", "9.0a")
 

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "lengths.cuh"
+
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
@@ -538,19 +540,6 @@ void launch_block(float* block, int columns, int64_t rows, const float* matrix, 
     if (!behind) return;
     const dim3 grid(blocks_for(size, 256), (behind + kSpread - 1) / kSpread);
     spread<<<grid, 256, 0, stream>>>(result + j * size, size, weights + 1, behind, block + (j + 1) * size);
-  }
-}
-
-// Calls f with the vector length as a constant; -1 for one that the format does not have, else CUDA's error, 0 for
-// none.
-template <int V = 2, typename F>
-int with_vector_length(int64_t v, F&& f) {
-  if constexpr (V > 16) {
-    return -1;
-  } else {
-    if (v != V) return with_vector_length<V + 1>(v, f);
-    f(std::integral_constant<int, V>());
-    return cudaGetLastError();
   }
 }
 

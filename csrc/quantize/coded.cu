@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "lengths.cuh"
+
 namespace {
 
 constexpr int kThreads = 128;
@@ -154,19 +156,6 @@ void launch(const Segment& s, T* weight, const T* gradient, int64_t out, int64_t
     decode<V, T><<<grid, kThreads, 0, stream>>>(s, weight, out, width);
   else
     pull<V, T><<<grid, kThreads, 0, stream>>>(s, gradient, out, width, pulled, sums);
-}
-
-// Calls f with the vector length as a constant; -1 for one that the format does not have, else CUDA's error, 0 for
-// none.
-template <int V = 2, typename F>
-int with_vector_length(int64_t v, F&& f) {
-  if constexpr (V > 16) {
-    return -1;
-  } else {
-    if (v != V) return with_vector_length<V + 1>(v, f);
-    f(std::integral_constant<int, V>());
-    return cudaGetLastError();
-  }
 }
 
 template <typename T>

@@ -37,7 +37,7 @@ def locate(name: str) -> Extension:
         return ahead
     toolkit = fitting_toolkit(torch.version.cuda)
     names = targets(toolkit, present)
-    target = folder() / f"{name}-cuda-{key(contents([source]), toolkit.version, *NVCC_FLAGS, *names)}.so"
+    target = folder() / f"{name}-cuda-{key(_fingerprint(source), toolkit.version, *NVCC_FLAGS, *names)}.so"
     return Extension(target, names, False, toolkit, passed_over)
 
 
@@ -87,7 +87,7 @@ def _made_for(cuda: str) -> tuple[str, str]:
 
 
 def _fingerprint(source: Path) -> str:
-    return key(contents([source]))
+    return key(contents([source, *source.parent.glob("*.cuh")]))
 
 
 def _installed_files(target: Path, name: str) -> tuple[Path, Path]:
