@@ -93,8 +93,8 @@ class Columns:
         """As the functions take them, with the shape and the type of the weight or of its gradient."""
         assert weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
         books = (self.book, self.residual, self.where, self.scale, self.shift)
-        for tensor in filter(None.__ne__, (self.index, self.residual_index, *books)):
-            assert tensor.dtype in (torch.float32, torch.int32) and tensor.is_contiguous()
+        for tensor in (self.index, self.residual_index, *books):
+            assert tensor is None or (tensor.dtype in (torch.float32, torch.int32) and tensor.is_contiguous())
         shape = (int(weight.dtype == torch.bfloat16), *weight.shape)
         return self.book.shape[1], self.index, self.residual_index, *self.index.shape, *books, *shape
 
