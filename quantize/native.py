@@ -24,8 +24,6 @@ Argument: TypeAlias = "Tensor | int | None"
 
 _PULLED_ROWS = 8
 """``kRows`` of coded.cu."""
-_LIBRARY = {"vptq_decode": "coded", "vptq_pull": "coded", "vptq_sum_pieces": "coded"}
-"""Of functions that are not in ``assign``."""
 
 
 def available(device: torch.device) -> bool:
@@ -55,7 +53,7 @@ def assign(points: Tensor, main: Tensor, residual: Tensor | None, candidates: in
     if len(points):
         books, count = _books(main, residual), _candidates(main, residual, candidates)
         scratch = _scratch(points, len(points), count, residual)
-        _call("vptq_assign", points, len(points), points.shape[1], *books, count, index, second, *scratch)
+        _call("assign", "vptq_assign", points, len(points), points.shape[1], *books, count, index, second, *scratch)
     return index, second
 
 
@@ -101,7 +99,7 @@ class Columns:
 
 def decode(columns: Columns, weight: Tensor) -> None:
     """Writes the columns of ``weight [out_features, in_features]``, float32 or bfloat16."""
-    _call("vptq_decode", *columns.arguments(weight), weight, *_place(weight))
+    _call("coded", "vptq_decode", *columns.arguments(weight), weight, *_place(weight))
 
 
 def pull(columns: Columns, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -112,7 +110,7 @@ def pull(columns: Columns, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
     rows, count = columns.index.shape
     vectors = columns.book.new_empty(rows * count, columns.book.shape[1])
     sums = None if columns.scale is None else columns.book.new_empty(-(-rows // _PULLED_ROWS), 2, count)
-    _call("vptq_pull", *columns.arguments(gradient), gradient, vectors, sums, *_place(gradient))
+    _call("coded", "vptq_pull", *columns.arguments(gradient), gradient, vectors, sums, *_place(gradient))
     return vectors, None if sums is None else sums.sum(0)
 
 
@@ -123,7 +121,7 @@ def sum_pieces(rows: Tensor, order: Tensor | None, bounds: Tensor) -> Tensor:
     """
     assert rows.dtype == torch.float32
     sums = rows.new_empty(len(bounds) - 1, rows.shape[1])
-    _call("vptq_sum_pieces", rows.contiguous(), rows.shape[1], order, bounds, len(sums), sums, *_place(rows))
+    _call("coded", "vptq_sum_pieces", rows.contiguous(), rows.shape[1], order, bounds, len(sums), sums, *_place(rows))
     return sums
 
 
@@ -135,7 +133,7 @@ def _block(
     if block.device.type == "cuda":
         block = block.clone()  # which the GPU's changes as it goes
     scratch = _scratch(block, block.shape[1], count, residual)
-    _call(function, block, *block.shape, matrix, matrix.stride(0), *books, count, *codes, result, *scratch)
+    _call("assign", function, block, *block.shape, matrix, matrix.stride(0), *books, count, *codes, result, *scratch)
     return result
 
 
@@ -164,10 +162,10 @@ def _place(like: Tensor) -> tuple[Argument, ...]:
     return like.device.index or 0, torch.cuda.current_stream(like.device).cuda_stream
 
 
-def _call(function: str, *arguments: Argument) -> None:
-    """Calls a function with tensors as pointers and integers as 64-bit registers."""
+def _call(name: str, function: str, *arguments: Argument) -> None:
+    """Calls a library's function with tensors as pointers and integers as 64-bit registers."""
     first = next(a for a in arguments if isinstance(a, Tensor))
-    library = cpu_library("assign") if first.device.type == "cpu" else _cuda(_LIBRARY.get(function, "assign"))
+    library = cpu_library(name) if first.device.type == "cpu" else _cuda(name)
     values = [
         ctypes.c_void_p(a.data_ptr() if isinstance(a, Tensor) else None)
         if a is None or isinstance(a, Tensor)

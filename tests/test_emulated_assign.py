@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,10 +32,7 @@ def gpu(request: pytest.FixtureRequest, library: ctypes.CDLL, monkeypatch: pytes
         return keys, torch.empty(candidates * points * like.shape[-1]), processors, 0, None
 
     monkeypatch.setattr(native, "_scratch", scratch)
-    monkeypatch.setattr(native, "cpu_library", lambda name: SimpleNamespace(**{n: getattr(library, n) for n in NAMES}))
-
-
-NAMES = ("vptq_assign", "vptq_code_block", "vptq_sweep_block")
+    monkeypatch.setattr(native, "cpu_library", lambda name: library)
 
 
 def books(v: int, k: int, r: int) -> Books:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from quantize.coded import CodedLinear
 from quantize.sums import IndexedSums
 from tests.emulated_cuda import emulated
 from tests.random_coded import LAYERS, random_layer, trained_once
-
-NAMES = ("vptq_decode", "vptq_pull", "vptq_sum_pieces")
 
 
 class Sorted(IndexedSums):
@@ -38,7 +35,7 @@ def compiled(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """quantize.native takes CPU tensors for those of a GPU; indices are sorted as there."""
     monkeypatch.setattr(native, "decodes", lambda device: True)
     monkeypatch.setattr(native, "_place", lambda like: (0, None))
-    monkeypatch.setattr(native, "cpu_library", lambda name: SimpleNamespace(**{n: getattr(library, n) for n in NAMES}))
+    monkeypatch.setattr(native, "cpu_library", lambda name: library)
     monkeypatch.setattr(coded, "IndexedSums", Sorted)
 
 

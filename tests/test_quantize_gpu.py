@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,6 +218,14 @@ def recipe(text_file: Path, **update: object) -> Recipe:
     return COARSE.model_copy(update={"calibration": (str(text_file),), "device": "cuda"} | update)
 
 
+def repeat(model: Path, folder: Path, wanted: Recipe) -> None:
+    """A run and another of the same write the same."""
+    for name in ("one", "two"):
+        run(model, folder / name, wanted)
+    one, two = read(folder / "one"), read(folder / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 TRAINING = {"finetune": Finetuning(steps=6, tokens=256), "finetune_blocks": BlockTuning(steps=3)}
 UPDATES = [{}, {"bits": 4.0}, {"guided": 2}, {"curvature": True}, {"correction": 0.5}, {"calibration": ()}, TRAINING]
 
@@ -228,17 +235,14 @@ UPDATES = [{}, {"bits": 4.0}, {"guided": 2}, {"curvature": True}, {"correction":
 def test_runs_repeat_themselves(
     text_file: Path, tmp_path: Path, model: str, update: dict, request: pytest.FixtureRequest
 ) -> None:
-    for name in ("one", "two"):
-        run(request.getfixturevalue(model), tmp_path / name, recipe(text_file, **update))
-    one, two = read(tmp_path / "one"), read(tmp_path / "two")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    repeat(request.getfixturevalue(model), tmp_path, recipe(text_file, **update))
 
 
 def test_training_repeats_itself_by_torch_alone(
     tied: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "decodes", lambda device: False)
-    test_runs_repeat_themselves(text_file, tmp_path, "tied", TRAINING, SimpleNamespace(getfixturevalue=lambda _: tied))
+    repeat(tied, tmp_path, recipe(text_file, **TRAINING))
 
 
 @pytest.mark.parametrize("update", [{}, {"correction": 0.5} | TRAINING], ids=str)

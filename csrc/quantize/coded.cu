@@ -147,24 +147,14 @@ __global__ void __launch_bounds__(kThreads)
   sums[thread] = sum;
 }
 
-template <int V, typename T>
-void launch(const Segment& s, T* weight, const T* gradient, int64_t out, int64_t width, float* vectors, float* sums,
-            cudaStream_t stream) {
-  const dim3 grid(unsigned((s.columns + kThreads - 1) / kThreads), unsigned((s.rows + kRows - 1) / kRows));
-  Vector<V>* const pulled = reinterpret_cast<Vector<V>*>(vectors);
-  if (weight)
-    decode<V, T><<<grid, kThreads, 0, stream>>>(s, weight, out, width);
-  else
-    pull<V, T><<<grid, kThreads, 0, stream>>>(s, gradient, out, width, pulled, sums);
+dim3 grid_of(const Segment& s) {
+  return dim3(unsigned((s.columns + kThreads - 1) / kThreads), unsigned((s.rows + kRows - 1) / kRows));
 }
 
-template <typename T>
-int launch_any(int64_t v, const Segment& s, void* weight, const void* gradient, int64_t out, int64_t width,
-               float* vectors, float* sums, cudaStream_t stream) {
-  return with_vector_length(v, [&](auto length) {
-    launch<decltype(length)::value, T>(s, static_cast<T*>(weight), static_cast<const T*>(gradient), out, width, vectors,
-                                       sums, stream);
-  });
+// Calls f with the vector length as a constant and a value of the weight's type; returns as with_vector_length does.
+template <typename F>
+int with_kind(int64_t v, int64_t bfloat16, F&& f) {
+  return with_vector_length(v, [&](auto length) { bfloat16 ? f(length, uint16_t()) : f(length, float()); });
 }
 
 }  // namespace
@@ -179,8 +169,11 @@ extern "C" int vptq_decode(int64_t v, const int* index, const int* residual_inde
                            int64_t device, cudaStream_t stream) {
   const Segment s{index, residual_index, book, residual, where, scale, shift, rows, columns};
   if (const int error = cudaSetDevice(int(device))) return error;
-  return (bfloat16 ? launch_any<uint16_t> : launch_any<float>)(v, s, weight, nullptr, out, width, nullptr, nullptr,
-                                                               stream);
+  return with_kind(v, bfloat16, [&](auto length, auto value) {
+    using T = decltype(value);
+    T* const to = static_cast<T*>(weight);
+    decode<decltype(length)::value, T><<<grid_of(s), kThreads, 0, stream>>>(s, to, out, width);
+  });
 }
 
 // Writes vectors [rows, columns, v] and, with a scale, sums [ceil(rows / 8), 2, columns].
@@ -190,8 +183,13 @@ extern "C" int vptq_pull(int64_t v, const int* index, const int* residual_index,
                          float* vectors, float* sums, int64_t device, cudaStream_t stream) {
   const Segment s{index, residual_index, book, residual, where, scale, shift, rows, columns};
   if (const int error = cudaSetDevice(int(device))) return error;
-  return (bfloat16 ? launch_any<uint16_t> : launch_any<float>)(v, s, nullptr, gradient, out, width, vectors, sums,
-                                                               stream);
+  return with_kind(v, bfloat16, [&](auto length, auto value) {
+    constexpr int V = decltype(length)::value;
+    using T = decltype(value);
+    const T* const from = static_cast<const T*>(gradient);
+    Vector<V>* const to = reinterpret_cast<Vector<V>*>(vectors);
+    pull<V, T><<<grid_of(s), kThreads, 0, stream>>>(s, from, out, width, to, sums);
+  });
 }
 
 // rows float32 [., width]; order int32 or null, bounds int32 [pieces + 1]; writes sums [pieces, width].
